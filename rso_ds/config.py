@@ -1,0 +1,170 @@
+"""The one configuration of RSO, whatever the engine.
+
+The same keys appear in ``"optimizer": {"type": "RSO", "params": {...}}`` of a DeepSpeed JSON and
+as keyword arguments in Python. ``docs/configuration.md`` explains each with its effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rso_ds.errors import RSOConfigError
+
+SAMPLERS = ("haar", "gaussian", "coordinate")
+SOLVERS = ("adamw", "adam", "sgd")
+CARRY_OVER_RULES = ("reset", "keep_second", "row_mean_second", "project")
+SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
+MERGE_ROUNDINGS = ("nearest", "stochastic")
+AUTO = "auto"
+DEFAULT_RANK_RATIO = 0.25
+
+
+def _key(default: Any, help: str) -> Any:
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RSOConfig:
+    """Everything RSO can be told. Unknown or ill-typed values raise ``RSOConfigError``."""
+
+    lr: float = _key(1e-3, "Learning rate of B. A step of size lr on B moves W by about lr an entry.")
+    dense_lr: float | None = _key(
+        None, "Learning rate of the densely trained parameters (embeddings, norms, head); null: lr."
+    )
+    betas: tuple[float, float] = _key((0.9, 0.999), "Adam's moment decay rates.")
+    eps: float = _key(1e-8, "Adam's denominator offset.")
+    momentum: float = _key(0.9, "Momentum of the sgd solver; other solvers ignore it.")
+    weight_decay: float = _key(
+        0.0,
+        "Decoupled decay. On W it is applied at the boundary with the product of (1 - lr * weight_decay)"
+        " over the interval's steps; on dense parameters as the solver does; never on B.",
+    )
+    solver: str = _key("adamw", f"Optimizer of the subproblem and of the dense parameters: {SOLVERS}.")
+    rank: int | None = _key(None, "Columns r of P, the same for every layer. Exclusive with rank_ratio.")
+    rank_ratio: float | None = _key(
+        None, f"r as a fraction of a layer's smaller side. Default {DEFAULT_RANK_RATIO} if rank is not given."
+    )
+    interval: int = _key(10, "Applied optimizer steps between two subspace boundaries.")
+    sampler: str = _key("haar", f"Distribution of P: {SAMPLERS}.")
+    carry_over: str = _key(
+        "row_mean_second", f"What becomes of the solver state of B at a boundary: {CARRY_OVER_RULES}."
+    )
+    proximal: float = _key(0.0, "1/eta of the paper's subproblem: the gradient of B gains proximal * B.")
+    targets: str | Sequence[str] = _key(
+        "default",
+        "Layers to train in a subspace: 'default' (by model type), 'all-linear', or a list of name suffixes"
+        " or glob patterns, in which 'default' may appear as an item.",
+    )
+    dense: str | Sequence[str] = _key(
+        "all", "Other parameters to train densely: 'all', 'none', or a list of name suffixes or glob patterns."
+    )
+    seed: int = _key(0, "Seed of every P. Ranks and resumed runs must agree on it.")
+    merge_rounding: str = _key("nearest", f"How a merged W is rounded when its dtype is below fp32: {MERGE_ROUNDINGS}.")
+    torch_adam: bool = _key(
+        False, "DeepSpeed only: use torch's Adam instead of DeepSpeed's fused kernel (needs no compiler)."
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "dense_lr", "eps", "weight_decay", "proximal", "momentum"):
+            value = getattr(self, key)
+            if key == "dense_lr" and value is None:
+                continue
+            _number(key, value, minimum=0.0)
+        object.__setattr__(self, "betas", _betas(self.betas))
+        if self.rank is not None and self.rank_ratio is not None:
+            raise RSOConfigError("'rank' and 'rank_ratio' are both set: keep one of them.")
+        if self.rank is None and self.rank_ratio is None:
+            object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
+        if self.rank is not None:
+            _integer("rank", self.rank, minimum=1)
+        if self.rank_ratio is not None:
+            _number("rank_ratio", self.rank_ratio, minimum=0.0, maximum=1.0)
+            if self.rank_ratio == 0:
+                raise RSOConfigError("'rank_ratio' must be above 0, got 0.")
+        _integer("interval", self.interval, minimum=1)
+        _integer("seed", self.seed, minimum=0)
+        _choice("sampler", self.sampler, SAMPLERS)
+        _choice("solver", self.solver, SOLVERS)
+        _choice("carry_over", self.carry_over, CARRY_OVER_RULES)
+        _choice("merge_rounding", self.merge_rounding, MERGE_ROUNDINGS)
+        if not isinstance(self.torch_adam, bool):
+            raise RSOConfigError(f"'torch_adam' must be true or false, got {self.torch_adam!r}.")
+        if self.solver == "sgd" and self.carry_over in SECOND_MOMENT_RULES:
+            raise RSOConfigError(
+                f"'carry_over': {self.carry_over!r} keeps a second moment and 'solver': 'sgd' has none:"
+                " set 'carry_over' to 'reset' or 'project'."
+            )
+        object.__setattr__(self, "targets", _patterns("targets", self.targets, ("default", "all-linear")))
+        object.__setattr__(self, "dense", _patterns("dense", self.dense, ("all", "none")))
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> RSOConfig:
+        """Build from JSON/YAML keys. Raises ``RSOConfigError`` on an unknown key or an unfilled "auto"."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key, value in params.items():
+            if key not in known:
+                raise RSOConfigError(unknown_key(key, known, "the RSO optimizer"))
+            if isinstance(value, str) and value == AUTO:
+                raise RSOConfigError(
+                    f"'{key}': \"auto\" was not filled in: the program that reads this JSON (Hugging Face"
+                    " Trainer, launch/train.py) does that; give a value otherwise."
+                )
+        return cls(**params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only, equal for equal configurations."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def unknown_key(key: str, known: Sequence[str], owner: str) -> str:
+    """Message for a key that ``owner`` does not have, with the nearest one that it has."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else f" Known keys: {', '.join(sorted(known))}."
+    return f"unknown key '{key}' of {owner}.{hint}"
+
+
+def _number(key: str, value: Any, minimum: float, maximum: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RSOConfigError(f"'{key}' must be a number, got {value!r}.")
+    if not (math.isfinite(value) and minimum <= value <= maximum):
+        span = f"in [{minimum:g}, {maximum:g}]" if maximum < math.inf else f"finite and at least {minimum:g}"
+        raise RSOConfigError(f"'{key}' must be {span}, got {value!r}.")
+
+
+def _integer(key: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise RSOConfigError(f"'{key}' must be an integer of at least {minimum}, got {value!r}.")
+
+
+def _choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise RSOConfigError(f"'{key}' must be one of {', '.join(choices)}, got {value!r}.{hint}")
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise RSOConfigError(f"'betas' must be two numbers, got {value!r}.")
+    for beta in value:
+        _number("betas", beta, minimum=0.0)
+        if beta >= 1:
+            raise RSOConfigError(f"'betas' must lie in [0, 1), got {value!r}.")
+    return (float(value[0]), float(value[1]))
+
+
+def _patterns(key: str, value: Any, words: Sequence[str]) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value in words:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+    raise RSOConfigError(
+        f"'{key}' must be {' or '.join(repr(w) for w in words)}, or a non-empty list of names, got {value!r}."
+    )

@@ -1,0 +1,135 @@
+"""The hooks that put RSO into a DeepSpeed engine: step, save, load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rso_ds.boundary import Boundary
+from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.config import RSOConfig
+from rso_ds.engines.deepspeed.shards import deepspeed_shards
+from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
+from rso_ds.layers import RSOLinear
+from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
+
+
+def attach(engine: Any, layers: Mapping[str, RSOLinear], config: RSOConfig, where: list[int]) -> Boundary:
+    """Make ``engine`` cross subspace boundaries and checkpoint RSO's state. Returns the boundary.
+
+    ``where[i]`` is the index of the solver's parameter group that holds the B of layer i.
+    """
+    shards = deepspeed_shards(engine, layers)
+    solver = shards.solver
+    groups = solver.param_groups
+    assert all(groups[i][IS_SUBSPACE] for i in where)
+    boundary = Boundary(config, dict(layers), shards, [groups[i][W_DECAY] for i in where], where)
+    _agree_on_setup(boundary)
+    boundary.materialize()
+    boundary.check_replicas()
+    if config.proximal:
+        solver.register_step_pre_hook(proximal_hook(config))
+    _hook_step(engine, boundary, solver)
+    _hook_save(engine, boundary)
+    _hook_load(engine, boundary)
+    return boundary
+
+
+def _agree_on_setup(boundary: Boundary) -> None:
+    text = json.dumps([boundary.config.to_dict(), boundary.state_dict()], sort_keys=True)
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    mine = torch.tensor([digest], dtype=torch.int64, device=boundary.shards.device)
+    low, high = boundary.shards.extremes_over_ranks(mine)
+    if low.item() != high.item():
+        raise RSOReplicaError(
+            "ranks disagree on the RSO configuration or the model: give every rank the same JSON and the same model."
+        )
+
+
+def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -> None:
+    inner = engine.step
+    stepped = False
+
+    def mark(*_: Any) -> None:
+        nonlocal stepped
+        stepped = True
+
+    solver.register_step_post_hook(mark)
+
+    @wraps(inner)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal stepped
+        stepped = False
+        lrs = [float(group["lr"]) for group in solver.param_groups]  # before the scheduler moves on
+        result = inner(*args, **kwargs)
+        # was_step_applied alone does not know of steps that torch's own GradScaler skipped (ZeRO 0 with
+        # fp16 autocast); the solver having run alone does not know of overflows found afterwards.
+        if engine.was_step_applied() and stepped:
+            boundary.step_applied(lrs)
+        return result
+
+    engine.step = step
+
+
+def _hook_save(engine: Any, boundary: Boundary) -> None:
+    inner = engine.save_checkpoint
+
+    @wraps(inner)
+    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("exclude_frozen_parameters") or (len(args) > 2 and args[2]):
+            raise RSOUnsupportedError(
+                "exclude_frozen_parameters would lose the training: RSO changes the frozen W at every boundary."
+                " Save without it."
+            )
+        tag = f"global_step{engine.global_steps}" if tag is None else tag
+        if dist.get_rank() == 0:
+            # Before the engine's own files, so that "latest" never names a folder without it.
+            write_state(Path(save_dir) / str(tag), boundary.state_dict())
+        return inner(save_dir, tag, *args, **kwargs)
+
+    engine.save_checkpoint = save_checkpoint
+
+
+def _hook_load(engine: Any, boundary: Boundary) -> None:
+    inner = engine.load_checkpoint
+
+    @wraps(inner)
+    def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if tag is None:
+            latest = Path(load_dir) / "latest"
+            if not latest.is_file():
+                raise RSOCheckpointError(f"{latest} does not exist: there is no checkpoint to load, or name its tag.")
+            tag = latest.read_text().strip()
+        folder = os.path.join(load_dir, str(tag))
+        state = _read_on_rank_zero(folder)
+        boundary.check_state(state, folder)
+        result = inner(load_dir, tag, *args, **kwargs)
+        if result[0] is None:
+            raise RSOCheckpointError(f"DeepSpeed could not load {folder}: see its log above.")
+        boundary.load_state_dict(state)
+        boundary.check_replicas()
+        return result
+
+    engine.load_checkpoint = load_checkpoint
+
+
+def _read_on_rank_zero(folder: str) -> dict[str, Any]:
+    """Rank 0 reads (nodes need not share a disk for it), every rank gets the state or the error."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = read_state(folder)
+        except RSOCheckpointError as error:
+            box[0] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], str):
+        raise RSOCheckpointError(box[0])
+    return box[0]

@@ -1,0 +1,137 @@
+"""``rso_ds.initialize``: ``deepspeed.initialize`` for a JSON whose optimizer is RSO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from torch import nn
+
+from rso_ds.comm.counter import GradientBytes
+from rso_ds.engines.deepspeed.attach import attach
+from rso_ds.engines.deepspeed.config import (
+    RSO_TYPE,
+    inner_config,
+    optimizer_type,
+    refuse_unsupported,
+    rso_config,
+)
+from rso_ds.errors import RSOConfigError, RSOUnsupportedError
+from rso_ds.layers import convert, rso_layers, summary_table
+from rso_ds.optim.groups import layer_groups, solver_groups
+
+_initialize: Callable[..., Any] = deepspeed.initialize
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    *positional: Any,
+    config: Any = None,
+    config_params: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Same arguments and return values as ``deepspeed.initialize``.
+
+    Reads ``"optimizer": {"type": "RSO", "params": {...}}``, converts ``model`` in place (unless
+    ``rso_ds.convert`` has done so), lets DeepSpeed build the engine with the solver of the subproblem, and
+    hooks the subspace boundary to the engine's applied steps. ``model_parameters`` may name the original
+    weights; each stands for its B. The engine gains two attributes: ``rso`` (the ``Boundary``: applied
+    steps, draw index) and ``gradient_bytes`` (bytes handed to gradient reductions).
+
+    Raises ``RSOConfigError`` (bad key, no RSO block, an optimizer in code besides the JSON's),
+    ``RSOConversionError`` (the model does not fit), ``RSOUnsupportedError`` (a DeepSpeed feature that RSO
+    does not cover), ``RSOReplicaError`` (ranks disagree).
+    """
+    if model is None:
+        raise RSOConfigError("rso_ds.initialize needs a model.")
+    ds_config = _config_of(args, config, config_params)
+    rso = rso_config(ds_config)
+    if optimizer is not None:
+        raise RSOConfigError(
+            "there is an optimizer in code and RSO in the DeepSpeed JSON: pass optimizer=None, or remove the"
+            " JSON's optimizer block."
+        )
+    if isinstance(model, PipelineModule):
+        raise RSOUnsupportedError("RSO does not support pipeline parallelism: use ZeRO data parallelism.")
+    if kwargs.get("mpu") is not None and kwargs["mpu"].get_model_parallel_world_size() > 1:
+        raise RSOUnsupportedError("RSO does not support model parallelism (mpu): use ZeRO data parallelism.")
+    refuse_unsupported(ds_config)
+
+    given = None if model_parameters is None else list(model_parameters)
+    converted = dict(rso_layers(model))
+    replaced: dict[int, nn.Parameter] = {}
+    if not converted:
+        conversion = convert(model, rso)
+        converted, replaced = conversion.layers, conversion.replaced
+    groups = solver_groups(model.parameters() if given is None else given, converted, replaced, rso)
+    _, where = layer_groups(converted, groups)
+    table = summary_table(model, rso)  # before ZeRO takes the parameters apart
+
+    if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args.deepspeed_config = None  # DeepSpeed refuses a config in two places
+    result = _initialize(
+        args,
+        model,
+        None,
+        groups,
+        training_data,
+        lr_scheduler,
+        *positional,
+        config=inner_config(ds_config, rso),
+        **kwargs,
+    )
+    engine = result[0]
+    engine.rso = attach(engine, converted, rso, where)
+    engine.gradient_bytes = GradientBytes(engine)
+    if engine.global_rank == 0:
+        print(table, flush=True)
+    return result
+
+
+def patch_deepspeed() -> None:
+    """Make an unmodified ``deepspeed.initialize`` call use RSO where its JSON selects it.
+
+    Other JSONs pass through untouched. Idempotent.
+    """
+    if getattr(deepspeed.initialize, "_rso_ds", False):
+        return
+
+    @wraps(_initialize)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        names = ("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler")
+        names += ("distributed_port", "mpu", "dist_init_required", "collate_fn", "config")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        try:
+            ds_config = _config_of(call.get("args"), call.get("config"), call.get("config_params"))
+        except RSOConfigError:
+            return _initialize(*args, **kwargs)  # DeepSpeed's own message for a missing or doubled config
+        if optimizer_type(ds_config) != RSO_TYPE:
+            return _initialize(*args, **kwargs)
+        return initialize(**call)
+
+    patched._rso_ds = True  # type: ignore[attr-defined]
+    deepspeed.initialize = patched
+
+
+def _config_of(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
+    """The DeepSpeed JSON as a dict, from whichever of the three places it was given in."""
+    from_args = getattr(args, "deepspeed_config", None)
+    found = [c for c in (config if config is not None else config_params, from_args) if c is not None]
+    if len(found) != 1:
+        raise RSOConfigError(
+            "give the DeepSpeed configuration in one place: config=..., or args.deepspeed_config"
+            f" ({len(found)} were given)."
+        )
+    try:
+        return dict(load_ds_config(found[0]))
+    except ValueError as error:
+        raise RSOConfigError(f"the DeepSpeed configuration cannot be read: {error}") from None

@@ -1,0 +1,109 @@
+"""ZeRO-3: W and B are each cut into flat pieces, and merged piece by piece without gathering W.
+
+A parameter of n elements is padded to a multiple of the world size and cut evenly. If ``out`` divides by
+the world size the rows of a rank's piece of B are the rows of its piece of W and nothing is sent; if not,
+B (r columns) is gathered, never W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rso_ds.boundary import Rounding, SolverShard
+from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
+from rso_ds.layers import RSOLinear, merged_weight
+from rso_ds.layers.partitioned import gathered
+
+
+class Stage3Shards(ReplicatedShards):
+    """``zero`` is DeepSpeed's ZeRO-3 optimizer; its sub-groups hold the fp32 masters and solver state."""
+
+    def __init__(self, layers: Mapping[str, RSOLinear], zero: Any, device: torch.device, group: Any) -> None:
+        super().__init__(layers, zero.optimizer, device, group=group)
+        self.zero_optimizer = zero
+        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self._masters: dict[int, tuple[Tensor, int]] = {}
+        for index, params in enumerate(zero.fp16_groups):
+            offset = 0
+            for param in params:
+                self._masters[id(param)] = (zero.fp32_partitioned_groups_flat[index], offset)
+                offset += param.ds_tensor.ds_numel
+
+    def begin(self) -> None:
+        # Small parameters stay gathered between steps, and the step itself may have left others so: those
+        # copies would go stale. DeepSpeed drops and regathers them in each of its own steps; so do we.
+        self.zero_optimizer.parameter_offload.partition_all_parameters()
+
+    def end(self) -> None:
+        persistent = self.zero_optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+        weight, in_features = layer.weight, layer.in_features
+        start, stop = self._interval(weight)
+        shard = weight.ds_tensor
+        if layer.out_features % self.world_size == 0:
+            rows_of_b = layer.B.ds_tensor.view(-1, layer.subspace.rank).to(P.device)
+            top = 0
+            values = shard[: stop - start].view(-1, in_features).to(P.device)
+        else:
+            with gathered([layer.B]):
+                top, bottom = start // in_features, -(-stop // in_features)
+                rows_of_b = layer.B.detach()[top:bottom].to(P.device).clone()
+            if start == stop:
+                return
+            values = torch.zeros(rows_of_b.shape[0] * in_features, dtype=shard.dtype, device=P.device)
+            values[start - top * in_features : stop - top * in_features] = shard[: stop - start]
+            values = values.view(-1, in_features)
+        merged = merged_weight(values, rows_of_b, P, decay)
+        rounded = rounding(merged, shard.dtype, f"{name}:{start}").view(-1)
+        offset = 0 if layer.out_features % self.world_size == 0 else start - top * in_features
+        shard[: stop - start].copy_(rounded[offset : offset + stop - start])
+        self._drop_secondary(weight)
+
+    def zero(self, layer: RSOLinear) -> None:
+        layer.B.ds_tensor.zero_()
+        self._drop_secondary(layer.B)
+
+    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+        start, stop = self._interval(layer.B)
+        flat, offset = self._masters[id(layer.B)]
+        mine = slice(offset, offset + stop - start)
+        first, second = moments(self.solver.state.get(flat, {}))
+        return SolverShard(
+            start,
+            stop,
+            None if first is None else first.view(-1)[mine],
+            None if second is None else second.view(-1)[mine],
+            [flat.data[mine]],
+        )
+
+    def cuts(self, layer: RSOLinear) -> list[int]:
+        numel, piece = layer.B.ds_numel, layer.B.ds_tensor.ds_numel
+        return [i * piece for i in range(1, self.world_size) if i * piece < numel]
+
+    def restart_step(self) -> None:
+        for flat in {id(f): f for f, _ in (self._masters[id(x.B)] for x in self.layers.values())}.values():
+            restart_step(self.solver.state.get(flat, {}))
+
+    def replicated_weights(self) -> list[tuple[str, Tensor]]:
+        return []
+
+    def _interval(self, param: nn.Parameter) -> tuple[int, int]:
+        """Elements of the flattened parameter that this rank's piece holds, padding excluded."""
+        piece = param.ds_tensor.ds_numel
+        start = min(self.rank * piece, param.ds_numel)
+        return start, min(start + piece, param.ds_numel)
+
+    @staticmethod
+    def _drop_secondary(param: nn.Parameter) -> None:
+        # ZeRO++ hpZ keeps a second, intra-node shard and refreshes only trainable parameters' by itself.
+        if getattr(param, "ds_secondary_tensor", None) is not None:
+            param.ds_secondary_tensor = None

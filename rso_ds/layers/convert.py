@@ -1,0 +1,192 @@
+"""A model into its RSO form and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rso_ds.config import RSOConfig
+from rso_ds.errors import RSOConversionError
+from rso_ds.layers.linear import RSOLinear
+from rso_ds.layers.merge import merged_weight
+from rso_ds.layers.partitioned import full_shape, gathered
+from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
+from rso_ds.subspace import Subspace
+
+
+@dataclass
+class Conversion:
+    """What ``convert`` did. ``layers`` maps names to layers in model order; ``replaced`` maps the id of
+    each original weight Parameter to the B that is trained in its place."""
+
+    layers: dict[str, RSOLinear]
+    replaced: dict[int, nn.Parameter]
+
+
+def rso_layers(model: nn.Module) -> Iterator[tuple[str, RSOLinear]]:
+    """(name, layer) of every RSO layer of ``model``, in model order, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, RSOLinear):
+            yield name, module
+
+
+def convert(model: nn.Module, config: RSOConfig) -> Conversion:
+    """Replace, in place, the layers that ``config.targets`` selects by ``RSOLinear``.
+
+    W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
+    the layer's name. Layers whose weight the caller has frozen stay as they are. Works on plain models,
+    on the meta device, and on models built under ``deepspeed.zero.Init``.
+
+    Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
+    layer's smaller side, or a target's weight is tied to another parameter's use.
+    """
+    if any(True for _ in rso_layers(model)):
+        raise RSOConversionError("the model has RSO layers already: convert a model once.")
+    names = [n for n in resolve_targets(model, config.targets) if model.get_submodule(n).weight.requires_grad]
+    if not names:
+        raise RSOConversionError(
+            "every layer that 'targets' selects is frozen (requires_grad is False): nothing to train in a subspace."
+        )
+    _refuse_tied_targets(model, names)
+    shapes = {name: _linear_shape(model.get_submodule(name)) for name in names}
+    layers: dict[str, RSOLinear] = {}
+    replaced: dict[int, nn.Parameter] = {}
+    for members in _groups(names, shapes):
+        subspace = Subspace(
+            name="+".join(members),
+            in_features=shapes[members[0]][1],
+            rank=_rank(members, shapes, config),
+            sampler=config.sampler,
+            seed=config.seed,
+        )
+        for name in members:
+            old = model.get_submodule(name)
+            layers[name] = layer = _replacement(old, shapes[name], subspace)
+            replaced[id(old.weight)] = layer.B
+            _put(model, old, layer)
+    _select_dense(model, config, layers)
+    return Conversion({name: layers[name] for name in names}, replaced)
+
+
+def dense_layer(layer: RSOLinear) -> nn.Module:
+    """A plain ``nn.Linear`` (or ``Conv1D``) with weight W + B P^T, merged in fp32, rounded once.
+
+    Under ZeRO-3 the layer is gathered; every rank must call this together and gets the full layer.
+    """
+    with torch.no_grad(), gathered([layer.weight, layer.B, layer.bias]):
+        weight = layer.weight
+        p = layer.subspace.projection(weight.device, weight.dtype)
+        merged = merged_weight(weight, layer.B, p).to(weight.dtype)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+    dense: nn.Module
+    if layer.conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        dense = Conv1D(layer.out_features, layer.in_features)
+        merged = merged.t().contiguous()
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(merged)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias)
+    return dense
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Turn every RSO layer of ``model`` back, in place, with a trainable weight."""
+    for _, layer in list(rso_layers(model)):
+        _put(model, layer, dense_layer(layer))
+    return model
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer or Conv1D, partitioned or not."""
+    rows, cols = full_shape(module.weight)  # type: ignore[arg-type]
+    return (cols, rows) if is_conv1d(module) else (rows, cols)
+
+
+def _groups(names: list[str], shapes: dict[str, tuple[int, int]]) -> list[list[str]]:
+    found: dict[tuple, list[str]] = {}
+    for name in names:
+        found.setdefault((*shared_input_key(name), shapes[name][1]), []).append(name)
+    return list(found.values())
+
+
+def _rank(members: list[str], shapes: dict[str, tuple[int, int]], config: RSOConfig) -> int:
+    smallest = min(members, key=lambda n: min(shapes[n]))
+    limit = min(shapes[smallest])
+    if config.rank is None:
+        assert config.rank_ratio is not None
+        wanted = math.floor(config.rank_ratio * max(min(shapes[n]) for n in members))
+        return max(1, min(wanted, limit))
+    if config.rank > limit:
+        out_features, in_features = shapes[smallest]
+        raise RSOConversionError(
+            f"'rank': {config.rank} exceeds the smaller side of layer '{smallest}' (out={out_features},"
+            f" in={in_features}). Use a rank of at most {limit}, or 'rank_ratio', or leave the layer out of"
+            " 'targets'."
+        )
+    return config.rank
+
+
+def _replacement(old: nn.Module, shape: tuple[int, int], subspace: Subspace) -> RSOLinear:
+    weight: nn.Parameter = old.weight  # type: ignore[assignment]
+    conv1d = is_conv1d(old)
+    if conv1d:
+        with torch.no_grad(), gathered([weight]):
+            weight = nn.Parameter(weight.detach().t().contiguous())
+    layer = RSOLinear(weight, old.bias, shape[1], shape[0], subspace, conv1d)  # type: ignore[arg-type]
+    layer.train(old.training)
+    return layer
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    # A module may hang in several places (ALBERT shares its blocks): replace every reference.
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[child_name] = new
+
+
+def _refuse_tied_targets(model: nn.Module, names: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for leaf, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(id(param), []).append(f"{module_name}.{leaf}" if module_name else leaf)
+    declared = getattr(model, "_tied_weights_keys", None) or {}
+    tie_on = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for name in names:
+        weight_name = f"{name}.weight"
+        others = [o for o in owners[id(model.get_submodule(name).weight)] if o != weight_name]
+        if tie_on and isinstance(declared, dict) and weight_name in declared:
+            others.append(declared[weight_name])
+        if others:
+            raise RSOConversionError(
+                f"'targets': {weight_name} is tied to {others[0]}: one of them would train densely what the"
+                " other freezes. Leave the layer out of 'targets', or untie it (config.tie_word_embeddings ="
+                " False) before conversion."
+            )
+
+
+def _select_dense(model: nn.Module, config: RSOConfig, layers: dict[str, RSOLinear]) -> None:
+    if config.dense == "all":
+        return
+    patterns = () if config.dense == "none" else config.dense
+    ours = {id(p) for layer in layers.values() for p in (layer.weight, layer.B)}
+    others = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in ours]
+    for pattern in patterns:
+        if not any(matches(n, (pattern, pattern + ".weight", pattern + ".bias")) for n, _ in others):
+            raise RSOConversionError(f"'dense': no parameter outside the RSO layers matches {pattern!r}.")
+    wanted = [p + s for p in patterns for s in ("", ".weight", ".bias")]
+    keep = {id(p) for n, p in others if matches(n, wanted)}
+    for _, param in others:
+        if id(param) not in keep:
+            param.requires_grad_(False)
+
+
+__all__ = ["Conversion", "convert", "dense_layer", "rso_layers", "to_dense"]

@@ -1,0 +1,32 @@
+"""The little that conversion must know about weights partitioned by ``deepspeed.zero.Init``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    return hasattr(param, "ds_id")
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """Logical shape, also where ZeRO-3 has left an empty tensor behind."""
+    return tuple(param.ds_shape if is_partitioned(param) else param.shape)
+
+
+def full_numel(param: nn.Parameter) -> int:
+    return int(param.ds_numel if is_partitioned(param) else param.numel())
+
+
+def gathered(params: Iterable[nn.Parameter | None]) -> AbstractContextManager[Any]:
+    """Context in which every given parameter holds its full value (read only under ZeRO-3)."""
+    partitioned = [p for p in params if p is not None and is_partitioned(p)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)

@@ -1,0 +1,36 @@
+"""rso_ds: Randomized Subspace Optimization for DeepSpeed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rso_ds",
+    version="0.1.0",
+    description="Randomized Subspace Optimization (RSO) for sharded, multi-node training of language models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["rso_ds", "rso_ds.*"]),
+    package_data={"rso_ds": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.4"],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19.3"],
+        "train": [
+            "deepspeed>=0.19.3",
+            "transformers>=5.0",
+            "tokenizers>=0.22",
+            "numpy>=1.26",
+            "pyyaml>=6.0",
+            "rich>=13.0",
+            "pyarrow>=15.0",
+            "zstandard>=0.22",
+            "datasets>=3.0",
+        ],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ninja>=1.11"],
+        "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.0", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["rso-ds=rso_ds.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research"],
+)

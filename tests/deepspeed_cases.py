@@ -1,0 +1,95 @@
+"""The configurations in which DeepSpeed training is compared with the reference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+STEPS, RANK, MICRO = 13, 5, 2
+
+# With these layers and intermediate 85, the B's have an odd number of rows together, so that the cut of
+# their flat tensor into two pieces falls inside a row.
+ODD_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "layers.0.mlp.gate_proj"]
+
+RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "torch_adam": True}
+CPU = {"device": "cpu"}
+
+
+def case(
+    stage: int,
+    rso: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
+    tolerance: float = 2e-5,
+    gas: int = 1,
+    clip: float = 0.0,
+    intermediate: int = 86,
+    zero_init: bool = False,
+    checkpointing: str | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """``extra`` holds further top-level keys of the DeepSpeed JSON."""
+    return {
+        "stage": stage,
+        "rso": {**RSO_DEFAULTS, **(rso or {})},
+        "gas": gas,
+        "clip": clip,
+        "intermediate": intermediate,
+        "zero_init": zero_init,
+        "checkpointing": checkpointing,
+        "tolerance": tolerance,
+        "json": {
+            "train_micro_batch_size_per_gpu": MICRO,
+            "gradient_accumulation_steps": gas,
+            "gradient_clipping": clip,
+            "zero_optimization": {
+                "stage": stage,
+                **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+                **(zero or {}),
+            },
+            **extra,
+        },
+    }
+
+
+def fp32_cases() -> dict[str, dict[str, Any]]:
+    cases: dict[str, dict[str, Any]] = {}
+    for stage in range(4):
+        z = f"zero{stage}"
+        cases[z] = case(stage)
+        cases[f"{z}-gas2"] = case(stage, gas=2)
+        cases[f"{z}-clip"] = case(stage, clip=0.3)
+        cases[f"{z}-uneven"] = case(stage, intermediate=85)
+        odd = {"targets": ODD_TARGETS}
+        cases[f"{z}-split_rows"] = case(stage, odd, intermediate=85)
+        cases[f"{z}-split_rows-project"] = case(stage, {**odd, "carry_over": "project"}, intermediate=85)
+        cases[f"{z}-project"] = case(stage, {"carry_over": "project"})
+        cases[f"{z}-reset"] = case(stage, {"carry_over": "reset"})
+        cases[f"{z}-keep_second"] = case(stage, {"carry_over": "keep_second"})
+        cases[f"{z}-decay-proximal"] = case(stage, {"weight_decay": 0.1, "proximal": 0.3})
+        cases[f"{z}-dense_lr-gaussian"] = case(stage, {"dense_lr": 3e-4, "sampler": "gaussian"})
+        cases[f"{z}-adam-coordinate"] = case(stage, {"solver": "adam", "sampler": "coordinate"})
+        cases[f"{z}-sgd"] = case(stage, {"solver": "sgd", "carry_over": "project", "lr": 1e-2})
+        cases[f"{z}-fused"] = case(stage, {"torch_adam": False})
+        cases[f"{z}-fused-reset"] = case(stage, {"torch_adam": False, "carry_over": "reset"})
+        cases[f"{z}-scheduler"] = case(
+            stage,
+            {"weight_decay": 0.1},
+            scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 3}},
+        )
+    for stage in (1, 2, 3):
+        # DeepSpeedCPUAdam takes its square roots in an approximate vector form.
+        cases[f"zero{stage}-offload"] = case(
+            stage, {"torch_adam": False, "carry_over": "reset"}, {"offload_optimizer": CPU}
+        )
+    for kind in ("reentrant", "non_reentrant"):
+        for stage in (2, 3):
+            cases[f"zero{stage}-checkpointing-{kind}"] = case(stage, checkpointing=kind)
+    cases["zero2-round_robin"] = case(2, zero={"round_robin_gradients": True})
+    cases["zero3-uneven-project"] = case(3, {"carry_over": "project"}, intermediate=85)
+    cases["zero3-offload-param"] = case(3, {"torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU})
+    cases["zero3-init"] = case(3, zero_init=True)
+    cases["zero3-init-uneven"] = case(3, intermediate=85, zero_init=True)
+    cases["zero3-persistent"] = case(3, zero={"stage3_param_persistence_threshold": 100000})
+    cases["zero3-subgroups"] = case(3, {"carry_over": "reset"}, zero={"sub_group_size": 700})
+    cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
+    return copy.deepcopy(cases)

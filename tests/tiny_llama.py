@@ -1,0 +1,51 @@
+"""A LLaMA small enough to train in a test, its data, and its RSO groups as the package must form them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB, HIDDEN, LAYERS, SEQ = 64, 32, 2, 16
+
+
+def build(intermediate: int = 86, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Grouped-query attention, untied head. ``intermediate`` 85 does not divide by two ranks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=intermediate,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=SEQ,
+        initializer_range=0.1,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def groups(skip: str | None = None) -> dict[str, list[str]]:
+    """Group name -> layers that share an input; ``skip`` names a layer left dense."""
+    found = {}
+    for i in range(LAYERS):
+        attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        for members in (
+            [attn + "q_proj", attn + "k_proj", attn + "v_proj"],
+            [attn + "o_proj"],
+            [mlp + "gate_proj", mlp + "up_proj"],
+            [mlp + "down_proj"],
+        ):
+            members = [m for m in members if m != skip]
+            found["+".join(members)] = members
+    return found
+
+
+def tokens(step: int, count: int) -> torch.Tensor:
+    """[count, SEQ] token ids of a step; three different batches in turn."""
+    g = torch.Generator().manual_seed(1000 + step % 3)
+    return torch.randint(0, VOCAB, (count, SEQ), generator=g)
+
+
+def loss_of(forward, ids: torch.Tensor) -> torch.Tensor:
+    return forward(input_ids=ids, labels=ids, use_cache=False).loss

@@ -1,0 +1,85 @@
+"""One rank: train every fp32 case, save losses, final dense weights and what the run did."""
+
+import contextlib
+import sys
+import traceback
+from pathlib import Path
+
+import deepspeed
+import tiny_llama
+import torch
+import torch.distributed as dist
+from deepspeed_cases import MICRO, STEPS, fp32_cases
+
+import rso_ds
+from rso_ds.checkpoint import dense_state_dict
+
+OUT = Path(sys.argv[1])
+
+
+def run(spec):
+    config = {**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if spec["zero_init"]:
+        # zero.Init partitions as the modules are made; give it the values of the plain model.
+        values = tiny_llama.build(spec["intermediate"]).state_dict()
+        sizes = {"train_batch_size": MICRO * world * spec["gas"]}
+        with deepspeed.zero.Init(config_dict_or_path={**spec["json"], **sizes}):
+            model = tiny_llama.build(spec["intermediate"])
+        for name, param in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                if rank == 0:
+                    param.data.copy_(values[name])
+    else:
+        model = tiny_llama.build(spec["intermediate"])
+    if spec["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
+    engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine.train()
+    losses, lrs = [], []
+    for step in range(STEPS):
+        ids = tiny_llama.tokens(step, MICRO * world * spec["gas"])
+        lrs.append(engine.rso.shards.solver.param_groups[0]["lr"])
+        total = 0.0
+        for micro in ids.view(spec["gas"], world, MICRO, -1)[:, rank]:
+            loss = tiny_llama.loss_of(engine, micro)
+            engine.backward(loss)
+            engine.step()
+            total += loss.item() / spec["gas"]
+        losses.append(total)
+    mean = torch.tensor(losses)
+    dist.all_reduce(mean)
+    result = {
+        "losses": (mean / world).tolist(),
+        "lrs": lrs,
+        "draw": engine.rso.draw,
+        "applied": engine.rso.applied_steps,
+        "solver": type(engine.rso.shards.solver).__name__,
+        "optimizer": type(engine.optimizer).__name__,
+        "cut_rows": sum(
+            any(c % x.subspace.rank for c in engine.rso.shards.cuts(x)) for x in engine.rso.layers.values()
+        ),
+        "gradient_bytes": engine.gradient_bytes.total,
+        "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
+        "weights": dense_state_dict(engine.module),
+    }
+    with contextlib.suppress(Exception):
+        engine.destroy()
+    return result
+
+
+deepspeed.init_distributed("gloo")
+only = sys.argv[2:]
+results = {}
+for name, spec in fp32_cases().items():
+    if only and name not in only:
+        continue
+    print("CASE", name, flush=True)
+    try:
+        results[name] = run(spec)
+    except Exception:
+        traceback.print_exc()
+        results[name] = {"error": traceback.format_exc()}
+    if dist.get_rank() == 0:
+        torch.save(results, OUT / "fp32.pt")
+dist.barrier()

@@ -1,0 +1,224 @@
+"""One rank: low precision, overflow, checkpoints and refusals under DeepSpeed."""
+
+import contextlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import deepspeed
+import tiny_llama
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed_cases import MICRO, STEPS, case
+
+import rso_ds
+from rso_ds.checkpoint import dense_state_dict
+
+OUT = Path(sys.argv[1])
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 4, "hysteresis": 1}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
+def engine_of(spec, **model_options):
+    config = {**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}
+    model = tiny_llama.build(spec["intermediate"], **model_options)
+    engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine.train()
+    return engine
+
+
+def steps(engine, first, last, scale_loss=lambda step: 1.0):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for step in range(first, last):
+        micro = tiny_llama.tokens(step, MICRO * world).view(world, MICRO, -1)[rank]
+        loss = tiny_llama.loss_of(engine, micro)
+        engine.backward(loss * scale_loss(step))
+        engine.step()
+        losses.append(loss.item())
+    mean = torch.tensor(losses)
+    dist.all_reduce(mean)
+    return (mean / world).tolist()
+
+
+def finish(engine, losses, **more):
+    result = {
+        "losses": losses,
+        "draw": engine.rso.draw,
+        "applied": engine.rso.applied_steps,
+        "skipped": engine.skipped_steps,
+        "optimizer": type(engine.optimizer).__name__,
+        "weights": dense_state_dict(engine.module),
+        **more,
+    }
+    with contextlib.suppress(Exception):
+        engine.destroy()
+    return result
+
+
+def train(spec):
+    engine = engine_of(spec)
+    dtypes = {str(x.subspace.P.dtype) for x in engine.rso.layers.values()}
+    return finish(engine, steps(engine, 0, STEPS), p_dtypes=sorted(dtypes))
+
+
+def resume(spec, folder, stop):
+    """Losses of an uninterrupted run and of one that saves at ``stop``, is thrown away, and resumes."""
+    straight = train(spec)
+    engine = engine_of(spec)
+    losses = steps(engine, 0, stop)
+    engine.save_checkpoint(folder, client_state={"note": "kept"})
+    with contextlib.suppress(Exception):
+        engine.destroy()
+    engine = engine_of(spec)
+    _, client = engine.load_checkpoint(folder)
+    losses += steps(engine, stop, STEPS)
+    return {"straight": straight, "resumed": finish(engine, losses, client=client.get("note"))}
+
+
+def message_of(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def foreign_checkpoints(folder):
+    """Messages for checkpoints that must not load, and whether the engine was left as it was."""
+    engine = engine_of(case(2))
+    steps(engine, 0, 2)
+    before = {n: p.clone() for n, p in engine.module.state_dict().items()}
+    found = {}
+    found["no latest"] = message_of(lambda: engine.load_checkpoint(str(folder / "nowhere")))
+    engine.save_checkpoint(str(folder), tag="good")
+    dist.barrier()
+    state = json.loads((folder / "good" / "rso_state.json").read_text())
+    broken = {
+        "missing": None,
+        "damaged": "{",
+        "other rank": json.dumps({**state, "layers": {n: [a, b, 4, g] for n, (a, b, _, g) in state["layers"].items()}}),
+        "other sampler": json.dumps({**state, "sampler": "gaussian"}),
+        "other format": json.dumps({**state, "format": 99}),
+        "incomplete": json.dumps({k: v for k, v in state.items() if k != "draw"}),
+    }
+    for name, text in broken.items():
+        if dist.get_rank() == 0:
+            target = folder / name
+            target.mkdir()
+            if text is not None:
+                (target / "rso_state.json").write_text(text)
+        dist.barrier()
+        found[name] = message_of(lambda name=name: engine.load_checkpoint(str(folder), tag=name))
+    found["exclude_frozen"] = message_of(
+        lambda: engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+    )
+    after = engine.module.state_dict()
+    found["untouched"] = all(torch.equal(before[n], after[n]) for n in before)
+    return found
+
+
+def refusals():
+    base = case(2)["json"]
+    rso = {"type": "RSO", "params": {"rank": 4}}
+
+    def start(config, **kwargs):
+        model = kwargs.pop("model", None) or tiny_llama.build()
+        return lambda: rso_ds.initialize(model=model, config=config, **kwargs)
+
+    def zero(**keys):
+        return {**base, "optimizer": rso, "zero_optimization": {"stage": 3, **keys}}
+
+    def params(**keys):
+        return {**base, "optimizer": {"type": "RSO", "params": keys}}
+
+    model = tiny_llama.build()
+    bare = {**base, "optimizer": rso}
+    return {
+        "both optimizers": message_of(start(bare, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1))),
+        "adamw": message_of(start({**base, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}})),
+        "no optimizer": message_of(start(base)),
+        "misspelt type": message_of(start({**base, "optimizer": {"type": "rso"}})),
+        "misspelt key": message_of(start(params(intervall=3))),
+        "auto": message_of(start(params(lr="auto"))),
+        "rank": message_of(start(params(rank=33))),
+        "interval": message_of(start(params(interval=0))),
+        "no layer": message_of(start(params(targets=["nothing"]))),
+        "nvme": message_of(start(zero(offload_optimizer={"device": "nvme", "nvme_path": "x"}))),
+        "ratio": message_of(start(zero(offload_optimizer={"device": "cpu", "ratio": 0.5}))),
+        "universal": message_of(start({**bare, "checkpoint": {"load_universal": True}})),
+        "two configs": message_of(
+            lambda: rso_ds.initialize(type("A", (), {"deepspeed_config": bare}), model=model, config=bare)
+        ),
+        "missing json": message_of(start("no/such/file.json")),
+        "plain initialize": message_of(lambda: deepspeed.initialize(model=tiny_llama.build(), config=bare)),
+        "ranks disagree": message_of(start(params(rank=4, seed=dist.get_rank()))),
+    }
+
+
+def patched():
+    """An unmodified deepspeed.initialize call after ``import rso_ds.auto``, config given by path."""
+    import rso_ds.auto  # noqa: F401
+
+    spec = case(2)
+    path = OUT / f"config{dist.get_rank()}.json"
+    path.write_text(json.dumps({**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}))
+    model = tiny_llama.build()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=str(path))
+    result = finish(engine, steps(engine, 0, STEPS))
+    plain_json = {**spec["json"], "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+    engine, *_ = deepspeed.initialize(model=tiny_llama.build(), config=plain_json)
+    return {"rso": result, "adamw_untouched": not hasattr(engine, "rso")}
+
+
+def divergence():
+    """A replica of W that drifted must be noticed at the next boundary, on every rank."""
+    engine = engine_of(case(1))
+    steps(engine, 0, 1)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            engine.module.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    return message_of(lambda: steps(engine, 1, 6))
+
+
+def overflow(stage, **rso):
+    """Loss multiplied up at steps 4 and 5: their gradients overflow fp16 and the steps are skipped."""
+    engine = engine_of(case(stage, rso, **FP16))
+    return finish(engine, steps(engine, 0, STEPS, lambda step: 1e6 if step in (4, 5) else 1.0))
+
+
+JOBS = {}
+for stage in range(4):
+    JOBS[f"bf16-zero{stage}"] = lambda s=stage: train(case(s, **BF16))
+    JOBS[f"bf16-zero{stage}-stochastic"] = lambda s=stage: train(case(s, {"merge_rounding": "stochastic"}, **BF16))
+    JOBS[f"fp16-zero{stage}"] = lambda s=stage: overflow(s)
+    JOBS[f"resume-zero{stage}"] = lambda s=stage: resume(case(s, {"carry_over": "project"}), str(OUT / f"ck{s}"), 7)
+    JOBS[f"autocast-zero{stage}"] = lambda s=stage: train(case(s, **AUTOCAST))
+JOBS["fp16-zero0-fused"] = lambda: overflow(0, torch_adam=False)
+JOBS["bf16-zero0-fused"] = lambda: train(case(0, {"torch_adam": False}, **BF16))
+JOBS["bf16-zero1-fp32_accum"] = lambda: train(case(1, data_types={"grad_accum_dtype": "fp32"}, **BF16))
+JOBS["resume-bf16-zero3"] = lambda: resume(case(3, **BF16), str(OUT / "ckbf"), 7)
+JOBS["foreign"] = lambda: foreign_checkpoints(OUT / "foreign")
+JOBS["refusals"] = refusals
+JOBS["divergence"] = divergence
+JOBS["patched"] = patched  # last: it changes deepspeed.initialize for the process
+
+# DeepSpeed asks oneDNN whether this CPU has fast fp16; torch computes fp16 on any CPU.
+get_accelerator().is_fp16_supported = lambda: True
+deepspeed.init_distributed("gloo")
+only = sys.argv[2:]
+results = {}
+for name, job in JOBS.items():
+    if only and name not in only:
+        continue
+    print("JOB", name, flush=True)
+    try:
+        results[name] = job()
+    except Exception:
+        traceback.print_exc()
+        results[name] = {"error": traceback.format_exc()}
+    torch.save(results, OUT / f"mixed.rank{dist.get_rank()}.pt")
+dist.barrier()
