@@ -20,6 +20,7 @@ SOLVERS = ("adamw", "adam", "sgd")
 CARRY_OVER_RULES = ("reset", "keep_second", "row_mean_second", "project")
 SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
 MERGE_ROUNDINGS = ("nearest", "stochastic")
+MASTER_WEIGHTS = ("none", "device", "cpu")
 AUTO = "auto"
 DEFAULT_RANK_RATIO = 0.25
 
@@ -67,6 +68,10 @@ class RSOConfig:
     )
     seed: int = _key(0, "Seed of every P. Ranks and resumed runs must agree on it.")
     merge_rounding: str = _key("nearest", f"How a merged W is rounded when its dtype is below fp32: {MERGE_ROUNDINGS}.")
+    master_weights: str = _key(
+        "none",
+        f"Where to keep fp32 copies of low-precision W, sharded over ranks, for the merge: {MASTER_WEIGHTS}.",
+    )
     torch_adam: bool = _key(
         False, "DeepSpeed only: use torch's Adam instead of DeepSpeed's fused kernel (needs no compiler)."
     )
@@ -94,6 +99,11 @@ class RSOConfig:
         _choice("solver", self.solver, SOLVERS)
         _choice("carry_over", self.carry_over, CARRY_OVER_RULES)
         _choice("merge_rounding", self.merge_rounding, MERGE_ROUNDINGS)
+        _choice("master_weights", self.master_weights, MASTER_WEIGHTS)
+        if self.master_weights != "none" and self.merge_rounding == "stochastic":
+            raise RSOConfigError(
+                "'master_weights' and 'merge_rounding': 'stochastic' are two remedies for one problem: keep one."
+            )
         if not isinstance(self.torch_adam, bool):
             raise RSOConfigError(f"'torch_adam' must be true or false, got {self.torch_adam!r}.")
         if self.solver == "sgd" and self.carry_over in SECOND_MOMENT_RULES:

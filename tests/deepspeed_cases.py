@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 STEPS, RANK, MICRO = 13, 5, 2
+FORCED = (4, 5)  # steps at which the fp16 tests force an overflow
 
 # With these layers and intermediate 85, the B's have an odd number of rows together, so that the cut of
 # their flat tensor into two pieces falls inside a row.

@@ -87,7 +87,7 @@ def train(
         leaves = {("B", n): b.clone().requires_grad_() for n, b in B.items()}
         leaves |= {("dense", n): d.clone().requires_grad_() for n, d in dense.items()}
 
-        def forward(*args, leaves=leaves, **kwargs):
+        def forward(*args, leaves=leaves, W=W, P=P, **kwargs):
             params = {n: leaves["dense", n] for n in dense}
             for layer in B:
                 effective = W[layer] + leaves["B", layer] @ P[layer].t()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rso_ds.boundary import Rounding, SolverShard
+from rso_ds.engines.masters import WeightMasters
 from rso_ds.layers import RSOLinear, merged_weight
 
 # Names under which solvers keep the moments of a parameter.
@@ -37,7 +38,9 @@ class ReplicatedShards:
     """W and B whole on each rank, the solver state of each B one tensor of a torch optimizer.
 
     ``masters`` maps the id of each B to the fp32 copy that the solver updates, where there is one;
-    ``group`` is the data-parallel process group, None for a single process.
+    ``group`` is the data-parallel process group, None for a single process; ``master_weights`` is the
+    configuration's key: each rank then keeps fp32 masters of an equal share of W's rows, merges those, and
+    the ranks exchange the rounded rows (bytes of W once an interval).
     """
 
     def __init__(
@@ -47,21 +50,37 @@ class ReplicatedShards:
         device: torch.device,
         masters: Mapping[int, Tensor] | None = None,
         group: Any = None,
+        master_weights: str = "none",
     ) -> None:
         self.layers = dict(layers)
         self.solver = solver
         self.device = device
         self.masters = dict(masters or {})
         self.group = group
-        self.distributed = dist.is_initialized() and dist.get_world_size(group) > 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+        low_precision = any(layer.weight.element_size() < 4 for layer in self.layers.values())
+        self.weight_masters = WeightMasters(master_weights) if low_precision and master_weights != "none" else None
 
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
 
     def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
-        merged = merged_weight(layer.weight, layer.B, P, decay)
-        layer.weight.copy_(rounding(merged, layer.weight.dtype, name))
+        weight = layer.weight
+        if self.weight_masters is None:
+            weight.copy_(rounding(merged_weight(weight, layer.B, P, decay), weight.dtype, name))
+            return
+        share = -(-layer.out_features // self.world_size)
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        merged = self.weight_masters.merge(name, weight[mine], layer.B[mine], P, decay)
+        rows = torch.zeros(share, layer.in_features, dtype=weight.dtype, device=weight.device)
+        rows[: merged.shape[0]] = merged.to(weight.dtype)
+        everyone = [rows]
+        if self.world_size > 1:
+            everyone = [torch.empty_like(rows) for _ in range(self.world_size)]
+            dist.all_gather(everyone, rows, group=self.group)
+        weight.copy_(torch.cat(everyone)[: layer.out_features])
 
     def zero(self, layer: RSOLinear) -> None:
         layer.B.zero_()
@@ -85,12 +104,12 @@ class ReplicatedShards:
         return [(f"{name}.weight", layer.weight) for name, layer in self.layers.items()]
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
-        if self.distributed:
+        if self.world_size > 1:
             dist.all_reduce(tensor, group=self.group)
 
     def extremes_over_ranks(self, values: Tensor) -> tuple[Tensor, Tensor]:
         low, high = values.clone(), values.clone()
-        if self.distributed:
+        if self.world_size > 1:
             dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
             dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
         return low, high

@@ -62,8 +62,8 @@ class RSO(torch.optim.Optimizer):
         self.param_groups, self.state = self.solver.param_groups, self.solver.state
         device = next(iter(layers.values())).weight.device
         decays, where = layer_groups(layers, self.param_groups)
-        shards = ReplicatedShards(layers, self.solver, device)
-        self.boundary = Boundary(config, layers, shards, decays, where)
+        self._shards = ReplicatedShards(layers, self.solver, device, master_weights=config.master_weights)
+        self.boundary = Boundary(config, layers, self._shards, decays, where)
         self.boundary.materialize()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,12 +73,16 @@ class RSO(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.solver.state_dict(), "rso": self.boundary.state_dict()}
+        masters = self._shards.weight_masters
+        rows = {} if masters is None else dict(masters.rows)
+        return {**self.solver.state_dict(), "rso": self.boundary.state_dict(), "rso_master_rows": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "rso" not in state_dict:
             raise RSOCheckpointError("the optimizer state has no 'rso' entry: it was not saved by RSO.")
         self.boundary.check_state(state_dict["rso"], "the optimizer state")
-        self.solver.load_state_dict({k: v for k, v in state_dict.items() if k != "rso"})
+        self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
         self.param_groups, self.state = self.solver.param_groups, self.solver.state
+        if self._shards.weight_masters is not None:
+            self._shards.weight_masters.rows = dict(state_dict["rso_master_rows"])
         self.boundary.load_state_dict(state_dict["rso"])

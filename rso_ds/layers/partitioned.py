@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 
-def is_partitioned(param: nn.Parameter) -> bool:
+def is_partitioned(param: Any) -> bool:
     return hasattr(param, "ds_id")
 
 
-def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+def full_shape(param: Any) -> tuple[int, ...]:
     """Logical shape, also where ZeRO-3 has left an empty tensor behind."""
     return tuple(param.ds_shape if is_partitioned(param) else param.shape)
 
 
-def full_numel(param: nn.Parameter) -> int:
+def full_numel(param: Any) -> int:
     return int(param.ds_numel if is_partitioned(param) else param.numel())
 
 

@@ -32,13 +32,14 @@ def solver_groups(
     Raises ``RSOConversionError`` if a B or a parameter appears twice, or no B appears at all.
     """
     given = list(params)
-    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    groups: list[Mapping[str, Any]] = given if given and isinstance(given[0], Mapping) else [{"params": given}]
     b_ids = {id(layer.B) for layer in layers.values()}
     seen: set[int] = set()
     result: list[dict[str, Any]] = []
     for group in groups:
-        options = {k: v for k, v in group.items() if k != "params"}
-        subspace, dense = [], []
+        options: dict[str, Any] = {k: v for k, v in group.items() if k != "params"}
+        subspace: list[nn.Parameter] = []
+        dense: list[nn.Parameter] = []
         members = group["params"]
         for param in [members] if isinstance(members, nn.Parameter) else list(members):
             param = replaced.get(id(param), param)
@@ -52,7 +53,6 @@ def solver_groups(
             (subspace if id(param) in b_ids else dense).append(param)
         decay = options.pop("weight_decay", config.weight_decay)
         if subspace:
-            # name: DeepSpeed keys some state by group name; keep distinct ones.
             result.append(
                 {
                     "lr": config.lr,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import sysconfig
@@ -86,7 +85,8 @@ def _files_of(source: str) -> list[Path] | None:
     elif path.is_file():
         if _format_of(path) is None:
             raise RSOConfigError(
-                f"--data {source}: unknown format; known are {', '.join(_FORMATS)}, also with {', '.join(_COMPRESSIONS)}."
+                f"--data {source}: unknown format; known are {', '.join(_FORMATS)},"
+                f" also with {', '.join(_COMPRESSIONS)}."
             )
         files = [path]
     elif source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).suffix:
@@ -114,8 +114,7 @@ def _open(file: Path) -> IO[str]:
     if file.suffix == ".zst":
         import zstandard
 
-        reader = zstandard.ZstdDecompressor().stream_reader(open(file, "rb"), closefd=True)
-        return io.TextIOWrapper(reader, encoding="utf-8", errors="replace")
+        return zstandard.open(file, "rt", encoding="utf-8", errors="replace")
     return open(file, encoding="utf-8", errors="replace")
 
 

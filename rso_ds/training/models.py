@@ -69,9 +69,7 @@ def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None
             " model's own tokenizer with --tokenizer."
         )
     if pretrained is None:
-        pretrained = not folder.exists() or any(
-            p.suffix in (".safetensors", ".bin") for p in folder.iterdir()
-        )
+        pretrained = not folder.exists() or any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir())
     if not pretrained:
         return _random(config)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)

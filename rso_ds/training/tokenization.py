@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.training.corpus import Corpus
@@ -44,6 +44,8 @@ def _existing(name: str) -> PreTrainedTokenizerBase:
     if folder.is_dir():
         bare = {f.name for f in folder.iterdir()}
         if {"vocab.json", "merges.txt"} <= bare and not {"tokenizer.json", "config.json"} & bare:
+            from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]
+
             return GPT2TokenizerFast.from_pretrained(name)
     elif name.startswith((".", "/")) or "\\" in name:
         raise RSOConfigError(f"--tokenizer {name}: no such folder.")

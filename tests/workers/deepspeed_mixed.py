@@ -11,14 +11,14 @@ import tiny_llama
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed_cases import MICRO, STEPS, case
+from deepspeed_cases import FORCED, MICRO, STEPS, case
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 
 OUT = Path(sys.argv[1])
 BF16 = {"bf16": {"enabled": True}}
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 4, "hysteresis": 1}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000, "hysteresis": 1}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
@@ -113,9 +113,7 @@ def foreign_checkpoints(folder):
                 (target / "rso_state.json").write_text(text)
         dist.barrier()
         found[name] = message_of(lambda name=name: engine.load_checkpoint(str(folder), tag=name))
-    found["exclude_frozen"] = message_of(
-        lambda: engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
-    )
+    found["exclude_frozen"] = message_of(lambda: engine.save_checkpoint(str(folder), exclude_frozen_parameters=True))
     after = engine.module.state_dict()
     found["untouched"] = all(torch.equal(before[n], after[n]) for n in before)
     return found
@@ -185,9 +183,9 @@ def divergence():
 
 
 def overflow(stage, **rso):
-    """Loss multiplied up at steps 4 and 5: their gradients overflow fp16 and the steps are skipped."""
+    """Loss multiplied up at two steps: their gradients overflow fp16 and the steps are skipped."""
     engine = engine_of(case(stage, rso, **FP16))
-    return finish(engine, steps(engine, 0, STEPS, lambda step: 1e6 if step in (4, 5) else 1.0))
+    return finish(engine, steps(engine, 0, STEPS, lambda step: 1e8 if step in FORCED else 1.0))
 
 
 JOBS = {}
@@ -197,6 +195,11 @@ for stage in range(4):
     JOBS[f"fp16-zero{stage}"] = lambda s=stage: overflow(s)
     JOBS[f"resume-zero{stage}"] = lambda s=stage: resume(case(s, {"carry_over": "project"}), str(OUT / f"ck{s}"), 7)
     JOBS[f"autocast-zero{stage}"] = lambda s=stage: train(case(s, **AUTOCAST))
+    JOBS[f"bf16-zero{stage}-masters"] = lambda s=stage: train(
+        case(s, {"master_weights": "cpu"}, intermediate=85, **BF16)
+    )
+JOBS["resume-masters-zero2"] = lambda: resume(case(2, {"master_weights": "device"}, **BF16), str(OUT / "ckm2"), 7)
+JOBS["resume-masters-zero3"] = lambda: resume(case(3, {"master_weights": "cpu"}, **BF16), str(OUT / "ckm3"), 7)
 JOBS["fp16-zero0-fused"] = lambda: overflow(0, torch_adam=False)
 JOBS["bf16-zero0-fused"] = lambda: train(case(0, {"torch_adam": False}, **BF16))
 JOBS["bf16-zero1-fp32_accum"] = lambda: train(case(1, data_types={"grad_accum_dtype": "fp32"}, **BF16))

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint.state import read_state, write_state
 from rso_ds.config import RSOConfig
+from rso_ds.engines.deepspeed.loss_scale import scale_loss_at_stage_0
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
+from rso_ds.engines.replicated import ReplicatedShards
 from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
 from rso_ds.layers import RSOLinear
 from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
@@ -27,7 +29,7 @@ def attach(engine: Any, layers: Mapping[str, RSOLinear], config: RSOConfig, wher
 
     ``where[i]`` is the index of the solver's parameter group that holds the B of layer i.
     """
-    shards = deepspeed_shards(engine, layers)
+    shards = deepspeed_shards(engine, layers, config.master_weights)
     solver = shards.solver
     groups = solver.param_groups
     assert all(groups[i][IS_SUBSPACE] for i in where)
@@ -37,9 +39,10 @@ def attach(engine: Any, layers: Mapping[str, RSOLinear], config: RSOConfig, wher
     boundary.check_replicas()
     if config.proximal:
         solver.register_step_pre_hook(proximal_hook(config))
+    scale_loss_at_stage_0(engine)
     _hook_step(engine, boundary, solver)
-    _hook_save(engine, boundary)
-    _hook_load(engine, boundary)
+    _hook_save(engine, boundary, shards)
+    _hook_load(engine, boundary, shards)
     return boundary
 
 
@@ -79,8 +82,9 @@ def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -
     engine.step = step
 
 
-def _hook_save(engine: Any, boundary: Boundary) -> None:
+def _hook_save(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> None:
     inner = engine.save_checkpoint
+    masters = shards.weight_masters
 
     @wraps(inner)
     def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -93,13 +97,16 @@ def _hook_save(engine: Any, boundary: Boundary) -> None:
         if dist.get_rank() == 0:
             # Before the engine's own files, so that "latest" never names a folder without it.
             write_state(Path(save_dir) / str(tag), boundary.state_dict())
+        if masters is not None:
+            masters.save(Path(save_dir) / str(tag), shards.rank, shards.world_size)
         return inner(save_dir, tag, *args, **kwargs)
 
     engine.save_checkpoint = save_checkpoint
 
 
-def _hook_load(engine: Any, boundary: Boundary) -> None:
+def _hook_load(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> None:
     inner = engine.load_checkpoint
+    masters = shards.weight_masters
 
     @wraps(inner)
     def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +118,8 @@ def _hook_load(engine: Any, boundary: Boundary) -> None:
         folder = os.path.join(load_dir, str(tag))
         state = _read_on_rank_zero(folder)
         boundary.check_state(state, folder)
+        if masters is not None and state["draw"] > 0:
+            masters.load(Path(folder), shards.rank, shards.world_size)
         result = inner(load_dir, tag, *args, **kwargs)
         if result[0] is None:
             raise RSOCheckpointError(f"DeepSpeed could not load {folder}: see its log above.")

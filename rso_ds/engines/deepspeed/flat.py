@@ -51,8 +51,9 @@ class FlatShards(ReplicatedShards):
         device: torch.device,
         groups: Sequence[FlatGroup],
         group: Any,
+        master_weights: str,
     ) -> None:
-        super().__init__(layers, solver, device, group=group)
+        super().__init__(layers, solver, device, group=group, master_weights=master_weights)
         ours = {id(layer.B) for layer in self.layers.values()}
         self._of_b = {b: flat for flat in groups for b in flat.offsets if b in ours}
 

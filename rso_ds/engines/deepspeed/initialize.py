@@ -107,8 +107,10 @@ def patch_deepspeed() -> None:
 
     @wraps(_initialize)
     def patched(*args: Any, **kwargs: Any) -> Any:
-        names = ("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler")
-        names += ("distributed_port", "mpu", "dist_init_required", "collate_fn", "config")
+        names = (
+            *("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler"),
+            *("distributed_port", "mpu", "dist_init_required", "collate_fn", "config"),
+        )
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         try:
             ds_config = _config_of(call.get("args"), call.get("config"), call.get("config_params"))

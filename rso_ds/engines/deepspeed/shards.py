@@ -21,14 +21,14 @@ from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import RSOLinear
 
 
-def deepspeed_shards(engine: Any, layers: Mapping[str, RSOLinear]) -> ReplicatedShards:
+def deepspeed_shards(engine: Any, layers: Mapping[str, RSOLinear], master_weights: str = "none") -> ReplicatedShards:
     """Adapter for ``engine.optimizer``. Raises ``RSOUnsupportedError`` for a class it does not know."""
     optimizer = engine.optimizer
     device = torch.device(get_accelerator().current_device_name())
     group = engine.seq_data_parallel_group
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return Stage3Shards(layers, optimizer, device, group)
+        return Stage3Shards(layers, optimizer, device, group, master_weights)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         flats = [
             FlatGroup.of(params, offsets, master, rank, world_size)
@@ -39,20 +39,20 @@ def deepspeed_shards(engine: Any, layers: Mapping[str, RSOLinear]) -> Replicated
                 strict=True,
             )
         ]
-        return FlatShards(layers, optimizer.optimizer, device, flats, group)
+        return FlatShards(layers, optimizer.optimizer, device, flats, group, master_weights)
     if isinstance(optimizer, BF16_Optimizer):
         flats = [
             FlatGroup.of(params, None, master, rank, world_size)
             for params, master in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True)
         ]
-        return FlatShards(layers, optimizer.optimizer, device, flats, group)
+        return FlatShards(layers, optimizer.optimizer, device, flats, group, master_weights)
     if isinstance(optimizer, FP16_Optimizer):
         _undo_dummy_step(optimizer.optimizer)
         flats = [
             FlatGroup.of(params, None, master, 0, 1)
             for params, master in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
         ]
-        return FlatShards(layers, optimizer.optimizer, device, flats, group)
+        return FlatShards(layers, optimizer.optimizer, device, flats, group, master_weights)
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         _undo_dummy_step(optimizer.optimizer)
         masters = {
@@ -60,9 +60,9 @@ def deepspeed_shards(engine: Any, layers: Mapping[str, RSOLinear]) -> Replicated
             for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
             for low, high in zip(lows, highs, strict=True)
         }
-        return ReplicatedShards(layers, optimizer.optimizer, device, masters, group)
+        return ReplicatedShards(layers, optimizer.optimizer, device, masters, group, master_weights)
     if isinstance(optimizer, torch.optim.Optimizer):
-        return ReplicatedShards(layers, optimizer, device, group=group)
+        return ReplicatedShards(layers, optimizer, device, group=group, master_weights=master_weights)
     raise RSOUnsupportedError(
         f"RSO does not know DeepSpeed's {type(optimizer).__name__}: use ZeRO stage 0-3 with Adam or SGD."
     )

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
@@ -23,11 +22,11 @@ from rso_ds.layers.partitioned import gathered
 class Stage3Shards(ReplicatedShards):
     """``zero`` is DeepSpeed's ZeRO-3 optimizer; its sub-groups hold the fp32 masters and solver state."""
 
-    def __init__(self, layers: Mapping[str, RSOLinear], zero: Any, device: torch.device, group: Any) -> None:
-        super().__init__(layers, zero.optimizer, device, group=group)
+    def __init__(
+        self, layers: Mapping[str, RSOLinear], zero: Any, device: torch.device, group: Any, master_weights: str
+    ) -> None:
+        super().__init__(layers, zero.optimizer, device, group=group, master_weights=master_weights)
         self.zero_optimizer = zero
-        self.world_size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
         self._masters: dict[int, tuple[Tensor, int]] = {}
         for index, params in enumerate(zero.fp16_groups):
             offset = 0
@@ -46,11 +45,11 @@ class Stage3Shards(ReplicatedShards):
             persistent[0].all_gather(persistent)
 
     def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
-        weight, in_features = layer.weight, layer.in_features
+        weight, b, in_features = _zero_params(layer)
         start, stop = self._interval(weight)
         shard = weight.ds_tensor
         if layer.out_features % self.world_size == 0:
-            rows_of_b = layer.B.ds_tensor.view(-1, layer.subspace.rank).to(P.device)
+            rows_of_b = b.ds_tensor.view(-1, layer.subspace.rank).to(P.device)
             top = 0
             values = shard[: stop - start].view(-1, in_features).to(P.device)
         else:
@@ -62,15 +61,19 @@ class Stage3Shards(ReplicatedShards):
             values = torch.zeros(rows_of_b.shape[0] * in_features, dtype=shard.dtype, device=P.device)
             values[start - top * in_features : stop - top * in_features] = shard[: stop - start]
             values = values.view(-1, in_features)
-        merged = merged_weight(values, rows_of_b, P, decay)
+        if self.weight_masters is None:
+            merged = merged_weight(values, rows_of_b, P, decay)
+        else:
+            merged = self.weight_masters.merge(name, values, rows_of_b, P, decay)
         rounded = rounding(merged, shard.dtype, f"{name}:{start}").view(-1)
         offset = 0 if layer.out_features % self.world_size == 0 else start - top * in_features
         shard[: stop - start].copy_(rounded[offset : offset + stop - start])
         self._drop_secondary(weight)
 
     def zero(self, layer: RSOLinear) -> None:
-        layer.B.ds_tensor.zero_()
-        self._drop_secondary(layer.B)
+        _, b, _ = _zero_params(layer)
+        b.ds_tensor.zero_()
+        self._drop_secondary(b)
 
     def solver_shard(self, layer: RSOLinear) -> SolverShard:
         start, stop = self._interval(layer.B)
@@ -86,7 +89,8 @@ class Stage3Shards(ReplicatedShards):
         )
 
     def cuts(self, layer: RSOLinear) -> list[int]:
-        numel, piece = layer.B.ds_numel, layer.B.ds_tensor.ds_numel
+        _, b, _ = _zero_params(layer)
+        numel, piece = b.ds_numel, b.ds_tensor.ds_numel
         return [i * piece for i in range(1, self.world_size) if i * piece < numel]
 
     def restart_step(self) -> None:
@@ -96,14 +100,19 @@ class Stage3Shards(ReplicatedShards):
     def replicated_weights(self) -> list[tuple[str, Tensor]]:
         return []
 
-    def _interval(self, param: nn.Parameter) -> tuple[int, int]:
+    def _interval(self, param: Any) -> tuple[int, int]:
         """Elements of the flattened parameter that this rank's piece holds, padding excluded."""
         piece = param.ds_tensor.ds_numel
         start = min(self.rank * piece, param.ds_numel)
         return start, min(start + piece, param.ds_numel)
 
     @staticmethod
-    def _drop_secondary(param: nn.Parameter) -> None:
+    def _drop_secondary(param: Any) -> None:
         # ZeRO++ hpZ keeps a second, intra-node shard and refreshes only trainable parameters' by itself.
         if getattr(param, "ds_secondary_tensor", None) is not None:
             param.ds_secondary_tensor = None
+
+
+def _zero_params(layer: RSOLinear) -> tuple[Any, Any, int]:
+    """(W, B, in): the parameters with the ``ds_*`` attributes that ZeRO-3 has given them."""
+    return layer.weight, layer.B, layer.in_features

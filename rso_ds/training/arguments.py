@@ -1,0 +1,149 @@
+"""Flags of the main job. Every flag can also stand in a YAML file (``--config``); flags win."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rso_ds.config import unknown_key
+from rso_ds.errors import RSOConfigError
+
+
+def _flag(default: Any, help: str, **options: Any) -> Any:
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return field(default_factory=list, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainArguments:
+    """Settings of one training run. A value of None means: what the DeepSpeed JSON says, or a default."""
+
+    deepspeed: str = _flag("ds_configs/rso.json", "DeepSpeed JSON; its optimizer block chooses RSO or another.")
+    set: list[str] = _flag(
+        [], "Override a JSON key: --set optimizer.params.interval=50 (repeatable).", metavar="KEY=VALUE"
+    )
+    model: str = _flag("llama-9m", "Named shape (llama-9m ... llama-7b), Hugging Face folder, or hub name.")
+    init: str = _flag(
+        "auto", "Weights of --model: random, pretrained, or whichever it has.", choices=("auto", "random", "pretrained")
+    )
+    data: str = _flag("stdlib", "Text, jsonl(.xz/.gz/.zst) or parquet file or folder, hub dataset, or 'stdlib'.")
+    val_data: str | None = _flag(None, "Held-out data; default: valid.* of the folder, or part of --data.")
+    val_fraction: float = _flag(0.02, "Share of the documents held out where there is no valid.* and no --val-data.")
+    text_key: str = _flag("text", "Key or column of the text in jsonl and parquet.")
+    tokenizer: str | None = _flag(None, "Folder or hub name; default: a BPE trained on the data.")
+    vocab_size: int = _flag(4096, "Size of the trained BPE.")
+    seq_len: int = _flag(256, "Tokens a sequence.")
+    global_batch: int = _flag(32, "Sequences an optimizer step, over all ranks.")
+    micro_batch: int | None = _flag(None, "Sequences a rank and forward pass; default: at most 16.")
+    max_steps: int | None = _flag(None, "Optimizer steps; default: from --train-tokens.")
+    train_tokens: int | None = _flag(None, "Tokens to train on; default: one epoch.")
+    learning_rate: float | None = _flag(None, "Overrides the JSON's lr.")
+    weight_decay: float | None = _flag(None, "Overrides the JSON's weight_decay.")
+    clip: float | None = _flag(None, "Overrides the JSON's gradient_clipping.")
+    warmup: float = _flag(0.05, "Warm-up steps as a share of all steps.")
+    final_lr: float = _flag(0.1, "Learning rate at the end of the cosine, as a share of the peak.")
+    precision: str = _flag(
+        "auto", "auto: bf16 on GPUs that have it, else fp32.", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = _flag(False, "Recompute each block in backward.")
+    seed: int = _flag(0, "Seed of the weights and of the order of the data.")
+    output: str = _flag("runs/rso", "Folder of metrics, checkpoints and the final model.")
+    cache: str = _flag("~/.cache/rso_ds", "Folder of trained tokenizers and token files.")
+    log_interval: int = _flag(10, "Steps between lines of metrics.jsonl.")
+    eval_interval: int = _flag(100, "Steps between validations (there is one before and one after training too).")
+    eval_tokens: int = _flag(100_000, "At most so many held-out tokens a validation.")
+    save_interval: int = _flag(500, "Steps between checkpoints; 0: only at the end.")
+    resume: str | None = _flag(None, "Checkpoint folder to go on from, or 'auto': the output folder's latest, if any.")
+    prompt: str = _flag("", "Start of the sample printed at the end; default: the beginning of held-out text.")
+    sample_tokens: int = _flag(60, "Length of that sample; 0: none.")
+
+    def __post_init__(self) -> None:
+        for key, minimum in (
+            ("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("max_steps", 1), ("train_tokens", 1),
+            ("log_interval", 1), ("eval_interval", 1), ("eval_tokens", 1), ("save_interval", 0),
+            ("vocab_size", 257), ("seed", 0), ("sample_tokens", 0),
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+                raise RSOConfigError(f"--{_dashed(key)} must be an integer of at least {minimum}, got {value!r}.")
+        for key, top in (("warmup", 1.0), ("final_lr", 1.0), ("val_fraction", 0.5)):
+            value = getattr(self, key)
+            if not isinstance(value, (int, float)) or not 0 <= value <= top:
+                raise RSOConfigError(f"--{_dashed(key)} must lie in [0, {top:g}], got {value!r}.")
+        if self.max_steps is not None and self.train_tokens is not None:
+            raise RSOConfigError("--max-steps and --train-tokens are both set: keep one of them.")
+
+    def save(self, path: Path) -> None:
+        """Write all settings as YAML that ``--config`` reads back."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
+    """Flags over YAML over defaults. Raises ``RSOConfigError`` on an unknown or ill-typed YAML key."""
+    fields = {f.name: f for f in dataclasses.fields(TrainArguments)}
+    parser = argparse.ArgumentParser(
+        description="Pre-train or fine-tune a causal language model; the DeepSpeed JSON chooses the optimizer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", help="YAML file with any of these settings")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    for name, f in fields.items():
+        options: dict[str, Any] = {k: v for k, v in f.metadata.items() if k != "help"}
+        default = [] if f.default is dataclasses.MISSING else f.default
+        options["help"] = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, list):
+            options["action"] = "append"
+        else:
+            options["type"] = _scalar_type(str(f.type))
+        parser.add_argument(f"--{_dashed(name)}", dest=name, **options)
+    given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    given.pop("local_rank", None)
+    settings = _read_yaml(given.pop("config")) if "config" in given else {}
+    for key, value in settings.items():
+        if key not in fields:
+            raise RSOConfigError(unknown_key(key, list(fields), "the training configuration"))
+        settings[key] = _coerce(key, value, str(fields[key].type))
+    return TrainArguments(**{**settings, **given})
+
+
+def _scalar_type(annotation: str) -> type:
+    return {"int": int, "float": float}.get(annotation.split(" | ")[0], str)
+
+
+def _coerce(key: str, value: Any, annotation: str) -> Any:
+    kind = _scalar_type(annotation)
+    # YAML reads 1e-3 as a string and 1 as an integer; both are meant as floats here.
+    if kind is float and value is not None and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise RSOConfigError(f"'{key}' must be a number, got {value!r}.") from None
+    return value
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RSOConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise RSOConfigError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RSOConfigError(f"--config {path} must hold key: value lines.")
+    return content
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,136 @@
+"""From the DeepSpeed JSON on disk to the one the engine gets: overrides applied, every "auto" filled in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rso_ds.errors import RSOConfigError
+from rso_ds.training.arguments import TrainArguments
+
+_DEFAULT_LR = {"RSO": 2e-3}
+_MICRO_BATCH = 16
+
+
+def read_json(args: TrainArguments) -> dict[str, Any]:
+    """The file of ``--deepspeed`` with ``--set`` and the overriding flags applied."""
+    path = Path(args.deepspeed)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RSOConfigError(f"--deepspeed {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise RSOConfigError(f"--deepspeed {path} is not JSON: {error}.") from None
+    if not isinstance(config.get("optimizer"), dict) or "type" not in config["optimizer"]:
+        raise RSOConfigError(f'--deepspeed {path}: it needs an "optimizer" block with a "type".')
+    config["optimizer"].setdefault("params", {})
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RSOConfigError(f"--set {item}: write it as optimizer.params.interval=50.")
+        _put(config, key, value)
+    for flag, key in (
+        (args.learning_rate, "optimizer.params.lr"),
+        (args.weight_decay, "optimizer.params.weight_decay"),
+        (args.clip, "gradient_clipping"),
+    ):
+        if flag is not None:
+            _put(config, key, flag)
+    return config
+
+
+def batch_sizes(config: dict[str, Any], args: TrainArguments, world_size: int) -> tuple[int, int]:
+    """(micro batch, accumulation steps). Numbers in the JSON win over the flags' defaults."""
+    micro = config.get("train_micro_batch_size_per_gpu", "auto")
+    total = config.get("train_batch_size", "auto")
+    accumulation = config.get("gradient_accumulation_steps", "auto")
+    total = args.global_batch if total == "auto" and accumulation == "auto" else total
+    if micro == "auto":
+        micro = args.micro_batch
+    if micro is None:
+        share = (total if total != "auto" else args.global_batch) // world_size
+        micro = max((m for m in range(1, _MICRO_BATCH + 1) if share and share % m == 0), default=1)
+    if accumulation == "auto":
+        accumulation = max(1, total // (micro * world_size))
+    if total == "auto":
+        total = micro * accumulation * world_size
+    if total != micro * accumulation * world_size:
+        raise RSOConfigError(
+            f"--global-batch {total} is not micro batch {micro} x ranks {world_size} x accumulation {accumulation}:"
+            " change --global-batch or --micro-batch."
+        )
+    return micro, accumulation
+
+
+def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: int, on_gpu: bool) -> dict[str, Any]:
+    """Fill every "auto" that this program knows how to, and the batch sizes. Changes and returns ``config``.
+
+    Raises ``RSOConfigError`` for an "auto" it does not know.
+    """
+    micro, accumulation = batch_sizes(config, args, world_size)
+    config["train_micro_batch_size_per_gpu"] = micro
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = micro * accumulation * world_size
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    warmup = max(2, round(args.warmup * steps))
+    params = config["optimizer"]["params"]
+    _fill(params, "lr", _DEFAULT_LR.get(config["optimizer"]["type"], 1e-3))
+    _fill(params, "weight_decay", 0.0)
+    _fill(params, "betas", [0.9, 0.999])
+    _fill(params, "eps", 1e-8)
+    _fill(config, "gradient_clipping", 1.0)
+    for kind in ("bf16", "fp16"):
+        block = config.setdefault(kind, {"enabled": "auto"})
+        if args.precision != "auto":
+            block["enabled"] = precision == kind
+        _fill(block, "enabled", precision == kind)
+    scheduler = config.setdefault(
+        "scheduler",
+        {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": "auto", "warmup_num_steps": "auto", "cos_min_ratio": "auto",
+                       "warmup_type": "linear"},
+        },
+    )  # fmt: skip
+    for key, value in (
+        ("total_num_steps", steps), ("warmup_num_steps", warmup), ("cos_min_ratio", args.final_lr),
+        ("warmup_max_lr", params["lr"]), ("warmup_min_lr", 0.0),
+    ):  # fmt: skip
+        _fill(scheduler.get("params", {}), key, value)
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer")
+    if not on_gpu and not offload and config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
+        # DeepSpeed's fused Adam would be compiled for the CPU first; torch's is as fast there.
+        params.setdefault("torch_adam", True)
+    left = _autos(config)
+    if left:
+        raise RSOConfigError(f'--deepspeed {args.deepspeed}: no value is known for "auto" at {left[0]}.')
+    return config
+
+
+def _fill(block: dict[str, Any], key: str, value: Any) -> None:
+    if block.get(key) == "auto":
+        block[key] = value
+
+
+def _put(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+        if not isinstance(config, dict):
+            raise RSOConfigError(f"--set {dotted}: '{parent}' is not a block of the JSON.")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # a bare word is a string
+            value = json.loads(value)
+    config[leaf] = value
+
+
+def _autos(block: Any, at: str = "") -> list[str]:
+    if isinstance(block, dict):
+        return [p for k, v in block.items() for p in _autos(v, f"{at}.{k}" if at else k)]
+    return [at] if block == "auto" else []

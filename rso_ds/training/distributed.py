@@ -1,0 +1,59 @@
+"""The process's place among the ranks, and the device it computes on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rso_ds.errors import RSOError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank among all, rank on this node, number of ranks, and whether ranks compute on GPUs."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    on_gpu: bool
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
+
+
+def start() -> Place:
+    """Join the other ranks (as the launcher's environment says; alone without one)."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for key, value in alone.items():
+            os.environ.setdefault(key, str(value))
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise RSOError(
+                f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; start at"
+                " most so many ranks a node."
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    import deepspeed
+
+    if not on_gpu:
+        # DeepSpeed would compile a shared-memory all-reduce that only its inference uses; a lock left by a
+        # killed build then makes every later start wait for ever without a word.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    return Place(dist.get_rank(), local_rank, dist.get_world_size(), on_gpu)

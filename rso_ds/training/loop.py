@@ -1,0 +1,268 @@
+"""The main job, start to end. ``launch/train.py`` calls ``main``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rso_ds.checkpoint import save_dense
+from rso_ds.comm.counter import GradientBytes
+from rso_ds.errors import RSOCheckpointError, RSOError
+from rso_ds.training.arguments import TrainArguments, parse_arguments
+from rso_ds.training.corpus import Corpus
+from rso_ds.training.dataset import PackedTokens, token_file
+from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
+from rso_ds.training.distributed import Place, start
+from rso_ds.training.evaluation import held_out_loss, sample
+from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes
+from rso_ds.training.models import load_model
+from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job; an error of ours ends the process with its message alone and status 1."""
+    try:
+        args = parse_arguments(argv)
+        ds_json = read_json(args)
+        corpus = Corpus(args.data, args.val_fraction, args.val_data, args.text_key)
+        Job(args, ds_json, corpus, start()).run()
+    except RSOError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Job:
+    """One training run: everything is built in ``__init__``, ``run`` trains."""
+
+    def __init__(self, args: TrainArguments, ds_json: dict[str, Any], corpus: Corpus, place: Place) -> None:
+        self.args, self.place, self.corpus = args, place, corpus
+        self.output = Path(args.output)
+        self.tokenizer, train_file, held_out_file = self._prepare_data()
+        self.train_data = PackedTokens(train_file, args.seq_len, args.seed)
+        self.held_out = PackedTokens(held_out_file, args.seq_len)
+        self.micro, self.accumulation = batch_sizes(ds_json, args, place.world_size)
+        self.tokens_per_step = self.micro * self.accumulation * place.world_size * args.seq_len
+        self.steps = self._number_of_steps()
+        self.ds_json = fill(ds_json, args, place.world_size, self.steps, place.on_gpu)
+        self.engine = self._build_engine()
+        self.first_step = self._resume()
+        self.display = Display(self.steps, self.first_step, place.rank == 0)
+
+    # -- building ------------------------------------------------------------------------------------
+
+    def _prepare_data(self) -> tuple[Any, Path, Path]:
+        """Tokenizer and token files. One rank a node makes what is missing while the others wait."""
+        cache = Path(self.args.cache).expanduser()
+
+        def load() -> tuple[Any, Path, Path]:
+            tokenizer = load_tokenizer(self.args.tokenizer, self.corpus, self.args.vocab_size, cache)
+            parts = [token_file(self.corpus, part, tokenizer, cache) for part in ("train", "held_out")]
+            return tokenizer, parts[0], parts[1]
+
+        failure: list[Any] = [None]
+        result = None
+        if self.place.local_rank == 0:
+            try:
+                result = load()
+            except RSOError as error:
+                failure[0] = error
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+        return result if result is not None else load()
+
+    def _number_of_steps(self) -> int:
+        if self.args.max_steps is not None:
+            return self.args.max_steps
+        tokens = self.args.train_tokens or self.train_data.count * self.args.seq_len
+        return max(1, tokens // self.tokens_per_step)
+
+    def _build_engine(self) -> Any:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        args = self.args
+        stage = (self.ds_json.get("zero_optimization") or {}).get("stage", 0)
+        # Alive while the model is built, it makes transformers build under zero.Init, never whole on a rank.
+        keep_alive = HfDeepSpeedConfig(self.ds_json) if stage == 3 else None
+        torch.manual_seed(args.seed)
+        pretrained = {"auto": None, "random": False, "pretrained": True}[args.init]
+        model = load_model(args.model, len(self.tokenizer), args.seq_len, pretrained)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        initialize = deepspeed.initialize
+        if self.ds_json["optimizer"]["type"].upper() == "RSO":
+            from rso_ds.engines.deepspeed import initialize
+        decay = float(self.ds_json["optimizer"]["params"].get("weight_decay", 0.0))
+        engine, *_ = initialize(model=model, model_parameters=_decay_groups(model, decay), config=self.ds_json)
+        del keep_alive
+        if not hasattr(engine, "gradient_bytes"):
+            engine.gradient_bytes = GradientBytes(engine)
+        if self.place.rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            args.save(self.output / "config.yaml")
+            (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
+        return engine
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to see the data that the first one would have seen."""
+        return {
+            "seed": self.args.seed,
+            "seq_len": self.args.seq_len,
+            "sequences_per_step": self.tokens_per_step // self.args.seq_len,
+            "data": self.corpus.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "steps": self.steps,
+        }
+
+    def _resume(self) -> int:
+        """Load the checkpoint that ``--resume`` names; returns the number of steps already taken."""
+        wanted = self.args.resume
+        folder = self.output / "checkpoints" if wanted == "auto" else Path(wanted or "")
+        if wanted is None or (wanted == "auto" and not (folder / "latest").is_file()):
+            return 0
+        if not (folder / "latest").is_file():
+            raise RSOCheckpointError(f"--resume {wanted}: {folder / 'latest'} does not exist.")
+        identity_file = folder / (folder / "latest").read_text().strip() / "run.json"
+        if not identity_file.is_file():
+            raise RSOCheckpointError(
+                f"--resume {wanted}: {identity_file} does not exist: not a checkpoint of train.py."
+            )
+        theirs = json.loads(identity_file.read_text())
+        for key, value in self._identity().items():
+            if theirs.get(key) != value:
+                raise RSOCheckpointError(
+                    f"--resume {wanted}: that run had {key} = {theirs.get(key)!r}, this one {value!r}: the data would"
+                    " not continue where it stopped. Use the same settings, or start anew without --resume."
+                )
+        path, client = self.engine.load_checkpoint(str(folder))
+        if path is None:
+            raise RSOCheckpointError(f"--resume {wanted}: DeepSpeed could not load it, see above.")
+        return int(client["step"])
+
+    def _save(self, step: int) -> None:
+        folder, tag = self.output / "checkpoints", f"step{step}"
+        if self.place.rank == 0:
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            (folder / tag / "run.json").write_text(json.dumps(self._identity()))
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        args, engine, display = self.args, self.engine, self.display
+        metrics = (
+            MetricsFile(self.output / "metrics.jsonl", self.first_step if self.first_step else None)
+            if self.place.rank == 0
+            else None
+        )
+        display.say(
+            f"{args.model}: {self.steps} steps of {self.tokens_per_step:,} tokens on {self.place.world_size} ranks,"
+            f" micro batch {self.micro} x accumulation {self.accumulation};"
+            f" {len(self.train_data.tokens):,} training and {len(self.held_out.tokens):,} held-out tokens"
+        )
+        before = self._evaluate()
+        display.say(f"held-out before: loss {before:.4f}, perplexity {math.exp(before):.2f}")
+        if metrics and self.first_step == 0:
+            metrics.write({"step": 0, "tokens": 0, "val_loss": before, "val_ppl": math.exp(before)})
+        engine.train()
+        window_loss, window_start, window_first = 0.0, time.monotonic(), self.first_step
+        window_bytes = engine.gradient_bytes.total
+        after = before
+        for step in range(self.first_step + 1, self.steps + 1):
+            lr = engine.optimizer.param_groups[0]["lr"]
+            window_loss += self._train_step(step - 1)
+            evaluate = step % args.eval_interval == 0 or step == self.steps
+            if step % args.log_interval == 0 or evaluate or step == self.first_step + 1:
+                taken = step - window_first
+                elapsed = time.monotonic() - window_start
+                loss = self._mean_over_ranks(window_loss / taken)
+                if not math.isfinite(loss):
+                    raise RSOError(
+                        f"the loss is {loss} at step {step}: lower the learning rate, or resume from before."
+                    )
+                record = {
+                    "step": step,
+                    "loss": loss,
+                    "lr": lr,
+                    "tokens": step * self.tokens_per_step,
+                    "tokens_per_second": taken * self.tokens_per_step / elapsed,
+                    "grad_bytes_sent": (engine.gradient_bytes.total - window_bytes) // taken,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    "skipped_steps": engine.skipped_steps,
+                }
+                if evaluate:
+                    after = self._evaluate()
+                    record |= {"val_loss": after, "val_ppl": math.exp(after)}
+                if hasattr(engine, "rso"):
+                    record |= {"draw": engine.rso.draw, "applied_steps": engine.rso.applied_steps}
+                if metrics:
+                    metrics.write(record)
+                display.step(record)
+                window_loss, window_start, window_first = 0.0, time.monotonic(), step
+                window_bytes = engine.gradient_bytes.total
+            if step == self.steps or (args.save_interval and step % args.save_interval == 0):
+                self._save(step)
+        display.close()
+        self._finish(before, after)
+
+    def _train_step(self, step: int) -> float:
+        ids = self.train_data.micro_batches(
+            step, self.accumulation, self.place.world_size, self.place.rank, self.micro
+        ).to(self.place.device)
+        total = 0.0
+        for micro in ids:
+            loss = self.engine(input_ids=micro, labels=micro, use_cache=False).loss
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.item() / self.accumulation
+        return total
+
+    def _evaluate(self) -> float:
+        return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.place)
+
+    def _mean_over_ranks(self, value: float) -> float:
+        box = torch.tensor([value], dtype=torch.float64, device=self.place.device)
+        dist.all_reduce(box)
+        return box.item() / self.place.world_size
+
+    def _finish(self, before: float, after: float) -> None:
+        folder = self.output / "model"
+        save_dense(self.engine.module, folder, self.place.rank)
+        if self.place.rank == 0:
+            self.tokenizer.save_pretrained(folder)
+            if self.args.sample_tokens:
+                from transformers import AutoModelForCausalLM
+
+                prompt = self.args.prompt or self.tokenizer.decode(self.held_out.tokens[:16].tolist())
+                model = AutoModelForCausalLM.from_pretrained(folder)
+                text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
+                self.display.say(f"--- sample\n{text}\n---")
+            self.display.say(
+                f"held-out perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
+                f" (loss {before:.4f} -> {after:.4f})\nmodel: {folder}   metrics: {self.output / 'metrics.jsonl'}"
+            )
+        dist.barrier()
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, biases and norms without: the usual split, for every optimizer alike."""
+    from rso_ds.layers.partitioned import full_shape
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(full_shape(p)) > 1]
+    vectors = [p for p in trainable if len(full_shape(p)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,85 @@
+"""What a run shows while it goes on, and what it leaves for machines to read."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def peak_memory_bytes() -> int:
+    """Peak so far: of the CUDA allocator on a GPU, of the process's resident set on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, appended, so that a resumed run continues the file.
+
+    Entries from steps after ``keep_to`` (a run that went on beyond the checkpoint now resumed) are dropped.
+    """
+
+    def __init__(self, path: Path, keep_to: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if keep_to is not None and path.is_file():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= keep_to]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+class Display:
+    """Progress on rank 0: a live bar on a terminal, plain lines elsewhere (log files, SLURM)."""
+
+    def __init__(self, total_steps: int, start_step: int, active: bool) -> None:
+        self.active = active
+        self.console = Console(quiet=not active, soft_wrap=True, highlight=False)
+        self.total = total_steps
+        self._start, self._began = start_step, time.monotonic()
+        self._bar: Progress | None = None
+        if active and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=self.console,
+            )  # fmt: skip
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
+            self._bar.start()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show a logged step."""
+        status = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+            f"  {record['grad_bytes_sent'] / 1e6:,.2f} MB/step  mem {record['peak_memory_bytes'] / 2**30:.2f} GiB"
+        )
+        if "val_loss" in record:
+            status += f"  val {record['val_loss']:.4f} (ppl {record['val_ppl']:.2f})"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], status=status)
+        else:
+            self.say(f"step {record['step']}/{self.total}  {status}  ETA {self._eta(record['step'])}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _eta(self, step: int) -> str:
+        done = step - self._start
+        if done <= 0:
+            return "-"
+        seconds = int((time.monotonic() - self._began) / done * (self.total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
