@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import sysconfig
@@ -15,7 +16,9 @@ from rso_ds.errors import RSOConfigError
 
 STDLIB = "stdlib"
 _COMPRESSIONS = (".xz", ".gz", ".zst")
-_FORMATS = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet")
+_PLAIN = (".txt", ".md", ".py")
+_FORMATS = (*_PLAIN, ".jsonl", ".json", ".parquet")
+_FEW = 500  # below this, choosing whole documents could hold out none
 _TRAIN, _HELD_OUT = ("train",), ("valid", "validation", "val", "dev")
 
 
@@ -25,7 +28,8 @@ class Corpus:
     ``source``: "stdlib" (the source code of the installed Python standard library), a text, jsonl(.xz, .gz,
     .zst) or parquet file, a folder of such files, or a hub dataset "org/name". In a folder, files named
     train.* and valid.* (or validation, val, dev) are the two parts; otherwise ``held_out`` of the documents,
-    chosen by their content, are held out. ``held_out_source`` overrides both.
+    chosen by their content, are held out; of fewer than 500 documents, the end of each.
+    ``held_out_source`` overrides.
 
     Raises ``RSOConfigError`` if a file is missing, empty, of unknown format, or lacks ``text_key``.
     """
@@ -58,10 +62,18 @@ class Corpus:
         if self.held_out_files is not None:
             yield from self._read(self.held_out_files if part == "held_out" else self.files)
             return
+        if self.files is not None and self._few_documents():
+            for text in self._read(self.files):
+                cut = text.rfind("\n", 0, int(len(text) * (1 - self.held_out))) + 1
+                yield text[cut:] if part == "held_out" else text[:cut]
+            return
         for text in self._read(self.files):
             bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") / 2**32
             if (bucket < self.held_out) == (part == "held_out"):
                 yield text
+
+    def _few_documents(self) -> bool:
+        return sum(1 for _ in itertools.islice(self._read(self.files), _FEW)) < _FEW
 
     def _read(self, files: list[Path] | None) -> Iterator[str]:
         if files is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from rso_ds.comm.counter import GradientBytes
 from rso_ds.engines.deepspeed.attach import attach
-from rso_ds.engines.deepspeed.config import (
+from rso_ds.engines.deepspeed.ds_json import (
     RSO_TYPE,
     inner_config,
     optimizer_type,

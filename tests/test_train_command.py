@@ -1,0 +1,188 @@
+"""The main command as a user types it, on two CPU ranks: trains, resumes, exports, refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+from rso_ds.training.corpus import Corpus
+from rso_ds.training.dataset import PackedTokens, token_file
+from rso_ds.training.distributed import Place
+from rso_ds.training.evaluation import held_out_loss
+from rso_ds.training.tokenization import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVE = 12, 6
+REAL_TEXT = ROOT.parent / "shared" / "data" / "eltec-eng"
+BASE = "--seq-len 32 --global-batch 8 --micro-batch 2 --vocab-size 400 --log-interval 1 --eval-interval 4".split()
+BASE += ["--eval-tokens", "1500", "--sample-tokens", "5", "--save-interval", str(SAVE)]
+
+
+class Workspace:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "text.txt"
+        self.data.write_text("".join(f"{i} bottles of beer on the wall, {i} bottles of beer\n" for i in range(1500)))
+        self.cache = folder / "cache"
+
+    def run(self, output: str, *flags: str, ranks: int = 2, steps: int | None = STEPS) -> subprocess.CompletedProcess:
+        launcher = Path(sys.executable).parent / "deepspeed"
+        command = [str(launcher), "--num_gpus", str(ranks), "launch/train.py", "--output", str(self.folder / output)]
+        command += ["--cache", str(self.cache), "--data", str(self.data), *BASE]
+        command += [] if steps is None else ["--max-steps", str(steps)]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+        env["PYTHONWARNINGS"] = "ignore"
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+
+    def metrics(self, output: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / output / "metrics.jsonl").read_text().splitlines()]
+
+    def model(self, output: str):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder / output / "model").eval()
+
+    def held_out(self, seq_len: int = 32) -> PackedTokens:
+        corpus = Corpus(str(self.data))
+        tokenizer = load_tokenizer(None, corpus, 400, self.cache)
+        return PackedTokens(token_file(corpus, "held_out", tokenizer, self.cache), seq_len)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def finished(space):
+    done = space.run("full", "--deepspeed", "ds_configs/rso.json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def test_metrics_have_every_promised_key(space, finished):
+    steps = {m["step"]: m for m in space.metrics("full")}
+    assert sorted(steps) == list(range(STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert {"loss", "lr", "tokens", "tokens_per_second", "grad_bytes_sent", "peak_memory_bytes"} <= set(steps[step])
+        assert steps[step]["tokens"] == step * 8 * 32
+    assert [s for s, m in steps.items() if "val_loss" in m] == [0, 4, 8, 12]
+    assert steps[12]["val_loss"] < steps[0]["val_loss"]
+    assert steps[12]["applied_steps"] == 12
+    assert steps[12]["draw"] == 1
+
+
+def test_bytes_sent_are_those_of_the_start_up_table(space, finished):
+    """fp32, accumulation 2 at ZeRO-2 (which reduces each micro step): 2 x 4 bytes x communicated."""
+    communicated = next(line for line in finished.stdout.splitlines() if "communicated" in line)
+    elements = int(communicated.split()[1].replace(",", ""))
+    assert space.metrics("full")[-1]["grad_bytes_sent"] == pytest.approx(2 * 4 * elements, rel=0.01)
+
+
+def test_output_ends_with_sample_perplexities_and_place(space, finished):
+    tail = finished.stdout[finished.stdout.index("--- sample") :]
+    first, last = space.metrics("full")[0], space.metrics("full")[-1]
+    assert f"held-out perplexity {first['val_ppl']:.2f} -> {last['val_ppl']:.2f}" in tail
+    assert str(space.folder / "full" / "model") in tail
+
+
+def test_saved_model_has_the_same_validation_loss(space, finished):
+    """Loaded by plain transformers in one process; the run's figure was summed over two ranks."""
+    import torch.distributed as dist
+
+    model = space.model("full")
+    assert not any(n.endswith(".B") for n in model.state_dict())
+    dist.init_process_group("gloo", init_method=f"file://{space.folder}/rendezvous", rank=0, world_size=1)
+    try:
+        loss = held_out_loss(model, space.held_out(), 1500, 3, Place(0, 0, 1, False))
+    finally:
+        dist.destroy_process_group()
+    assert loss == pytest.approx(space.metrics("full")[-1]["val_loss"], abs=2e-6)
+
+
+def test_effective_configuration_is_beside_the_results(space, finished):
+    ds = json.loads((space.folder / "full" / "deepspeed.json").read_text())
+    assert ds["train_batch_size"] == 8
+    assert ds["gradient_accumulation_steps"] == 2
+    assert ds["optimizer"]["type"] == "RSO"
+    assert (space.folder / "full" / "config.yaml").is_file()
+
+
+def test_resume_continues_to_the_same_weights(space, finished):
+    """From step 6, in the middle of a subspace, in new processes: metrics and weights bit for bit."""
+    shutil.copytree(space.folder / "full", space.folder / "again")
+    checkpoints = space.folder / "again" / "checkpoints"
+    shutil.rmtree(checkpoints / f"step{STEPS}")
+    shutil.rmtree(space.folder / "again" / "model")
+    (checkpoints / "latest").write_text(f"step{SAVE}")
+    done = space.run("again", "--deepspeed", "ds_configs/rso.json", "--resume", "auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    keys = ("step", "loss", "lr", "val_loss")
+    straight, resumed = space.metrics("full"), space.metrics("again")
+    assert [[m.get(k) for k in keys] for m in resumed] == [[m.get(k) for k in keys] for m in straight]
+    expected = space.model("full").state_dict()
+    assert all(torch.equal(w, expected[n]) for n, w in space.model("again").state_dict().items())
+
+
+def test_zero3_from_a_checkpoint_folder_with_bf16_offload(space, finished):
+    """Fine-tune the model just saved: from_pretrained under zero.Init, offload, bf16."""
+    done = space.run(
+        "tuned", "--deepspeed", "ds_configs/rso_offload.json", "--model", str(space.folder / "full" / "model"),
+        "--set", "optimizer.params.torch_adam=false", "--precision", "bf16", "--gradient-checkpointing",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = space.metrics("full")[-1]["val_loss"]
+    tuned = space.metrics("tuned")
+    assert tuned[0]["val_loss"] == pytest.approx(before, abs=0.05)
+    assert tuned[-1]["val_loss"] < before
+
+
+def test_adamw_json_trains_densely_with_the_same_command(space):
+    done = space.run("adamw", "--deepspeed", "ds_configs/adamw.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert space.metrics("adamw")[-1]["val_loss"] < space.metrics("adamw")[0]["val_loss"]
+    assert "draw" not in space.metrics("adamw")[-1]
+
+
+def error_of(done) -> str:
+    assert done.returncode != 0
+    found = [line for line in done.stderr.splitlines() if line.startswith("RSO")]
+    assert found, done.stderr[-3000:]
+    assert "step 1/" not in done.stdout  # before training started
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seq-len", "100000"], "--seq-len 100000 is longer than the data"),
+        (["--set", "optimizer.params.rank=200", "--set", "optimizer.params.rank_ratio=null"], "'rank': 200 exceeds"),
+    ],
+)
+def test_errors_end_the_command_before_training(space, flags, message):
+    assert message in error_of(space.run("broken", "--deepspeed", "ds_configs/rso.json", *flags, ranks=1))
+
+
+def test_checkpoint_of_another_model_or_run_is_refused(space, finished):
+    source = str(space.folder / "full" / "checkpoints")
+    other_model = space.run("other", "--resume", source, "--set", "optimizer.params.rank_ratio=0.5")
+    assert "is of another model or rank: layer" in error_of(other_model)
+    other_steps = space.run("other", "--resume", source, steps=20)
+    assert "that run had steps = 12, this one 20" in error_of(other_steps)
+    assert "does not exist" in error_of(space.run("other", "--resume", str(space.folder), ranks=1))
+
+
+@pytest.mark.skipif(not REAL_TEXT.is_dir(), reason="needs the ELTeC corpus beside the checkout (../shared/data)")
+def test_real_text_loss_falls(space):
+    done = space.run("real", "--data", str(REAL_TEXT / "valid.jsonl.xz"), "--vocab-size", "1000", steps=40)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = space.metrics("real")[0], space.metrics("real")[-1]
+    assert last["val_loss"] < first["val_loss"] - 0.3

@@ -1,0 +1,323 @@
+"""Flags, DeepSpeed JSON, corpora, packing: everything of the main job that needs no rank."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from rso_ds import RSOConfig, RSOConfigError
+
+pytest.importorskip("transformers")
+from rso_ds.training.arguments import TrainArguments, parse_arguments
+from rso_ds.training.corpus import Corpus
+from rso_ds.training.dataset import PackedTokens, token_file
+from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
+from rso_ds.training.loop import main
+from rso_ds.training.models import LLAMA_SHAPES, llama_config, load_model
+from rso_ds.training.tokenization import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+# -- flags and YAML ------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_yaml_and_the_effective_settings_read_back(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: llama-20m\nlearning_rate: 1e-3\nseq_len: 64\n")
+    args = parse_arguments(["--config", str(tmp_path / "a.yaml"), "--seq-len", "32", "--set", "a=1", "--set", "b=2"])
+    assert (args.model, args.learning_rate, args.seq_len, args.set) == ("llama-20m", 1e-3, 32, ["a=1", "b=2"])
+    args.save(tmp_path / "b.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "b.yaml")]) == args
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("modell: x", "unknown key 'modell' of the training configuration. Did you mean 'model'?"),
+        ("learning_rate: fast", "'learning_rate' must be a number"),
+        ("seq_len: 1", "--seq-len must be an integer of at least 2, got 1"),
+        ("seq_len: 2.5", "--seq-len must be an integer"),
+        ("warmup: 2", r"--warmup must lie in \[0, 1\]"),
+        ("max_steps: 3\ntrain_tokens: 5", "--max-steps and --train-tokens are both set"),
+        ("- a", "must hold key: value lines"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, content, message):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(RSOConfigError, match=message):
+        parse_arguments(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_every_flag_has_help():
+    import dataclasses
+
+    assert all(f.metadata.get("help") for f in dataclasses.fields(TrainArguments))
+
+
+# -- DeepSpeed JSON ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda p: p.name)
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_shipped_jsons_fill_and_validate(path, world_size):
+    args = TrainArguments(deepspeed=str(path), clip=0.5)
+    config = fill(read_json(args), args, world_size, steps=100, on_gpu=False)
+    assert config["train_batch_size"] == 32
+    assert config["gradient_clipping"] == 0.5
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * world_size == 32
+    if config["optimizer"]["type"] == "RSO":
+        RSOConfig.from_dict(config["optimizer"]["params"])
+    assert '"auto"' not in json.dumps(config)
+
+
+def test_there_is_a_json_for_every_stage_offload_7b_and_adamw():
+    names = {p.stem for p in JSONS}
+    assert {"rso", "adamw", "rso_zero0", "rso_zero1", "rso_zero2", "rso_zero3", "rso_offload", "rso_7b_zero3"} <= names
+
+
+def test_set_overrides_any_key():
+    args = TrainArguments(
+        deepspeed=str(ROOT / "ds_configs/rso.json"),
+        set=["optimizer.params.interval=50", "optimizer.params.sampler=gaussian", "zero_optimization.stage=3"],
+        learning_rate=0.5,
+    )
+    config = read_json(args)
+    assert config["optimizer"]["params"]["interval"] == 50
+    assert config["optimizer"]["params"]["sampler"] == "gaussian"
+    assert config["optimizer"]["params"]["lr"] == 0.5
+    assert config["zero_optimization"]["stage"] == 3
+
+
+def test_precision_flag_overrides_the_json():
+    args = TrainArguments(deepspeed=str(ROOT / "ds_configs/rso.json"), precision="bf16")
+    assert fill(read_json(args), args, 1, 10, on_gpu=False)["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"global_batch": 30, "micro_batch": 4}, "--global-batch 30 is not micro batch 4 x ranks 2 x accumulation 3"),
+        ({"set": ["interval"]}, "write it as optimizer.params.interval=50"),
+        ({"set": ["gradient_clipping=1", "gradient_clipping.x=1"]}, "is not a block of the JSON"),
+        ({"set": ["wall_clock_breakdown=auto"]}, 'no value is known for "auto" at wall_clock_breakdown'),
+        ({"deepspeed": "no.json"}, "--deepspeed no.json cannot be read: No such file"),
+    ],
+)
+def test_bad_json_settings(flags, message):
+    args = TrainArguments(**{"deepspeed": str(ROOT / "ds_configs/rso.json"), **flags})
+    with pytest.raises(RSOConfigError, match=message):
+        fill(read_json(args), args, 2, 10, on_gpu=False)
+
+
+def test_numbers_in_the_json_are_respected():
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "train_batch_size": "auto"}
+    assert batch_sizes(config, TrainArguments(), 4) == (2, 3)
+
+
+# -- corpora -------------------------------------------------------------------------------------------
+
+
+def lines(texts, key="text"):
+    return "".join(json.dumps({key: t}) + "\n" for t in texts).encode()
+
+
+def write(folder, name, texts):
+    path = folder / name
+    data = lines(texts)
+    if name.endswith(".xz"):
+        path.write_bytes(lzma.compress(data))
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(data))
+    elif name.endswith(".zst"):
+        path.write_bytes(pytest.importorskip("zstandard").compress(data))
+    elif name.endswith(".parquet"):
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_formats(tmp_path, name):
+    texts = [f"document {i}" for i in range(600)]
+    corpus = Corpus(str(write(tmp_path, name, texts)), held_out=0.1)
+    train, held_out = list(corpus.documents("train")), list(corpus.documents("held_out"))
+    assert sorted(train + held_out) == sorted(texts)
+    assert 30 <= len(held_out) <= 90
+
+
+def test_folder_with_named_parts(tmp_path):
+    for part in ("train", "valid", "test"):
+        write(tmp_path, f"{part}.jsonl", [part])
+    corpus = Corpus(str(tmp_path))
+    assert list(corpus.documents("train")) == ["train"]
+    assert list(corpus.documents("held_out")) == ["valid"]
+
+
+def test_one_plain_text_holds_out_its_end(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    corpus = Corpus(str(tmp_path / "a.txt"), held_out=0.2)
+    (train,), (held_out,) = corpus.documents("train"), corpus.documents("held_out")
+    assert train + held_out == (tmp_path / "a.txt").read_text()
+    assert held_out.startswith("line ")
+    assert 10 < held_out.count("\n") < 30
+
+
+def test_few_documents_hold_out_the_end_of_each(tmp_path):
+    texts = ["".join(f"{name} {i}\n" for i in range(100)) for name in "ab"]
+    corpus = Corpus(str(write(tmp_path, "a.jsonl", texts)), held_out=0.1)
+    ends = list(corpus.documents("held_out"))
+    assert [a + b for a, b in zip(corpus.documents("train"), ends, strict=True)] == texts
+    assert all(5 < end.count("\n") < 20 for end in ends)
+
+
+def test_standard_library_has_enough_text():
+    corpus = Corpus("stdlib")
+    assert sum(len(t) for t in corpus.documents("train")) > 5_000_000
+    assert sum(len(t) for t in corpus.documents("held_out")) > 50_000
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: d / "none.txt", "no such file or folder"),
+        (lambda d: (d / "e.txt").touch() or d / "e.txt", "e.txt is empty"),
+        (lambda d: d, "the folder has no .txt"),
+        (lambda d: write(d, "a.csv", ["x"]), "unknown format"),
+    ],
+)
+def test_bad_sources(tmp_path, make, message):
+    with pytest.raises(RSOConfigError, match=message):
+        Corpus(str(make(tmp_path)))
+
+
+def test_bad_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"body": "y"}\n')
+    with pytest.raises(RSOConfigError, match="a.jsonl, line 2: no key 'text': set --text-key"):
+        list(Corpus(str(tmp_path / "a.jsonl")).documents("train"))
+    (tmp_path / "b.jsonl").write_text("not json\n")
+    with pytest.raises(RSOConfigError, match="b.jsonl, line 1: not a JSON object"):
+        list(Corpus(str(tmp_path / "b.jsonl")).documents("train"))
+
+
+# -- tokens --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    text = "".join(f"the {i} quick brown foxes jump over {i % 7} lazy dogs\n" for i in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    return Corpus(str(tmp_path / "a.txt"), held_out=0.1)
+
+
+def test_bpe_is_trained_once_and_round_trips(corpus, tmp_path):
+    tokenizer = load_tokenizer(None, corpus, 300, tmp_path / "cache")
+    assert len(tokenizer) <= 300
+    text = next(corpus.documents("held_out"))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    again = load_tokenizer(None, corpus, 300, tmp_path / "cache")
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_tokens_are_documents_with_an_end_after_each(corpus, tmp_path):
+    tokenizer = load_tokenizer(None, corpus, 300, tmp_path / "cache")
+    path = token_file(corpus, "held_out", tokenizer, tmp_path / "cache")
+    tokens = np.load(path)
+    assert tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokens[:-1].tolist()) == next(corpus.documents("held_out"))
+    stamp = path.stat().st_mtime_ns
+    assert token_file(corpus, "held_out", tokenizer, tmp_path / "cache").stat().st_mtime_ns == stamp
+
+
+@pytest.fixture
+def packed(tmp_path):
+    np.save(tmp_path / "tokens-x-train.npy", np.arange(1003, dtype=np.uint16))
+    return PackedTokens(tmp_path / "tokens-x-train.npy", 10, seed=3)
+
+
+def test_an_epoch_sees_every_sequence_once(packed):
+    seen = [packed.micro_batches(s, 1, 1, 0, 10) for s in range(10)]
+    firsts = sorted(int(x) for batch in seen for x in batch[0, :, 0])
+    assert firsts == list(range(0, 1000, 10))
+    assert sorted(int(x) for s in range(10, 20) for x in packed.micro_batches(s, 1, 1, 0, 10)[0, :, 0]) == firsts
+    assert not np.array_equal(seen[0], packed.micro_batches(10, 1, 1, 0, 10))
+
+
+@pytest.mark.parametrize(("accumulation", "world", "micro"), [(1, 1, 12), (3, 2, 2), (1, 4, 3), (2, 3, 2)])
+def test_a_step_sees_the_same_data_at_any_world_size(packed, accumulation, world, micro):
+    """And in any order of asking: step 9 crosses an epoch, step 2 comes after it."""
+    for step in (9, 2):
+        expected = sorted(packed.micro_batches(step, 1, 1, 0, 12)[0, :, 0].tolist())
+        got = [packed.micro_batches(step, accumulation, world, r, micro)[..., 0].flatten() for r in range(world)]
+        assert sorted(int(x) for part in got for x in part) == expected
+
+
+def test_sequences_longer_than_the_data_are_refused(packed, tmp_path):
+    with pytest.raises(RSOConfigError, match="--seq-len 2000 is longer than the data: train part has 1003 tokens"):
+        PackedTokens(tmp_path / "tokens-x-train.npy", 2000)
+
+
+# -- models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("llama-9m", 9), ("llama-20m", 20), ("llama-35m", 35), ("llama-60m", 58), ("llama-130m", 134),
+     ("llama-350m", 368), ("llama-1b", 1339), ("llama-7b", 6738)],
+)  # fmt: skip
+def test_named_shapes_have_the_benchmark_sizes(name, millions):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert name in LLAMA_SHAPES
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config(name))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("llama-9b", "Did you mean 'llama-9m'"), ("./nowhere", "no such shape, folder or hub name")],
+)
+def test_unknown_models(name, message):
+    with pytest.raises(RSOConfigError, match=message):
+        load_model(name, 100, 16)
+
+
+def test_folder_with_too_few_embeddings(tmp_path):
+    llama_config("llama-9m", vocab_size=50).save_pretrained(tmp_path)
+    with pytest.raises(RSOConfigError, match="has 50 embeddings and the tokenizer 100 tokens"):
+        load_model(str(tmp_path), 100, 16)
+
+
+# -- errors end the command before any rank starts -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "missing.txt"], "--data missing.txt: no such file or folder"),
+        (["--config", "missing.yaml"], "--config missing.yaml cannot be read"),
+        (["--deepspeed", "missing.json"], "--deepspeed missing.json cannot be read"),
+    ],
+)
+def test_the_command_ends_with_one_message(monkeypatch, flags, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    assert str(end.value).startswith("RSOConfigError: ")
+    assert message in str(end.value)
+
+
+def test_yaml_settings_are_plain(tmp_path):
+    TrainArguments().save(tmp_path / "a.yaml")
+    assert yaml.safe_load((tmp_path / "a.yaml").read_text())["seq_len"] == 256
