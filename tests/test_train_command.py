@@ -22,8 +22,9 @@ from rso_ds.training.tokenization import load_tokenizer
 ROOT = Path(__file__).parent.parent
 STEPS, SAVE = 12, 6
 REAL_TEXT = ROOT.parent / "shared" / "data" / "eltec-eng"
-BASE = "--seq-len 32 --global-batch 8 --micro-batch 2 --vocab-size 400 --log-interval 1 --eval-interval 4".split()
-BASE += ["--eval-tokens", "1500", "--sample-tokens", "5", "--save-interval", str(SAVE)]
+BASE = ["--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--vocab-size", "400"]
+BASE += ["--log-interval", "1", "--eval-interval", "4", "--eval-tokens", "1500"]
+BASE += ["--sample-tokens", "5", "--save-interval", str(SAVE)]
 
 
 class Workspace:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# From a fresh machine to a passed test suite. Further flags go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh train,test "${RSO_DS_VENV:-.venv}"
+export PATH="$(cd "${RSO_DS_VENV:-.venv}" && pwd)/bin:$PATH"
+exec python -m pytest "$@"

@@ -1,0 +1,65 @@
+"""The package as a whole: what importing costs, and that documents keep up with the code."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rso_ds import RSOConfig
+from rso_ds.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_import_needs_torch_only():
+    code = "import sys, rso_ds; print([m for m in ('deepspeed', 'transformers', 'yaml', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_key_is_documented_with_its_default():
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, flags=re.M))
+    defaults = {"rank": "null", "rank_ratio": "0.25", "dense_lr": "null (= `lr`)", "betas": "[0.9, 0.999]"}
+    for f in dataclasses.fields(RSOConfig):
+        assert f.name in rows, f.name
+        if f.name in defaults:
+            assert rows[f.name].strip() == defaults[f.name]
+        elif isinstance(f.default, (int, float)) and not isinstance(f.default, bool):
+            assert float(rows[f.name]) == f.default, f.name
+        else:
+            assert rows[f.name].strip().strip('"') == str(f.default).lower(), f.name
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_between_documents_hold(document):
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#]+)\)|^\[\w+\]: (\S+)", path.read_text(), flags=re.M)
+    for target in (a or b for a, b in links):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_check_command(capsys):
+    pytest.importorskip("deepspeed")
+    main(["check", "--deepspeed", str(ROOT / "ds_configs/rso_7b_zero3.json"), "--model", "llama-7b"])
+    out = capsys.readouterr().out
+    assert "224 layers in 128 groups" in out
+    assert "communicated    1,654,919,168" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--deepspeed", str(ROOT / "ds_configs/adamw.json")], 'its optimizer is "AdamW"'),
+        (["--deepspeed", "missing.json"], "--deepspeed missing.json cannot be read"),
+        (["--deepspeed", str(ROOT / "ds_configs/rso.json"), "--model", "llama-7bb"], "Did you mean 'llama-7b'?"),
+    ],
+)
+def test_check_command_refusals(flags, message):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(SystemExit) as end:
+        main(["check", *flags])
+    assert message in str(end.value)
