@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import rso_ds
@@ -131,13 +132,8 @@ def test_compiles_whole_and_not_again_at_a_boundary():
     model, x = converted(), torch.randn(4, IN)
     config = rso_ds.RSOConfig(rank=RANK, interval=1)
     optimizer = rso_ds.RSO(model, config)
-    graphs = []
-
-    def counting_backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, backend=counting_backend)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(3):
         expected = model(x)
         torch.testing.assert_close(compiled(x), expected)
@@ -145,7 +141,7 @@ def test_compiles_whole_and_not_again_at_a_boundary():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.boundary.draw == 3
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
 
 
 def test_moving_and_casting_the_model_moves_P():

@@ -13,7 +13,7 @@ from rso_ds import RSOConfig, RSOConfigError
 
 pytest.importorskip("transformers")
 from rso_ds.training.arguments import TrainArguments, parse_arguments
-from rso_ds.training.corpus import Corpus
+from rso_ds.training.corpus import Corpus, _hub_documents
 from rso_ds.training.dataset import PackedTokens, token_file
 from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
 from rso_ds.training.loop import main
@@ -21,6 +21,7 @@ from rso_ds.training.models import LLAMA_SHAPES, llama_config, load_model
 from rso_ds.training.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+GPT2 = ROOT.parent / "shared" / "data" / "tokenizers" / "gpt2"
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
@@ -209,6 +210,21 @@ def test_bad_records(tmp_path):
         list(Corpus(str(tmp_path / "b.jsonl")).documents("train"))
 
 
+def test_hub_datasets_are_read_row_by_row(tmp_path):
+    """The hub's reader on a local repository of the same layout; there is no network here."""
+    pytest.importorskip("datasets")
+    write(tmp_path, "train.jsonl", ["one", "two"])
+    assert list(_hub_documents(str(tmp_path), "text")) == ["one", "two"]
+    with pytest.raises(RSOConfigError, match="no column 'body'"):
+        list(_hub_documents(str(tmp_path), "body"))
+
+
+def test_hub_names_are_told_from_files():
+    assert Corpus("org/name").files is None
+    with pytest.raises(RSOConfigError, match="no such file or folder"):
+        Corpus("./org")
+
+
 # -- tokens --------------------------------------------------------------------------------------------
 
 
@@ -226,6 +242,25 @@ def test_bpe_is_trained_once_and_round_trips(corpus, tmp_path):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     again = load_tokenizer(None, corpus, 300, tmp_path / "cache")
     assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_saved_tokenizers_load_from_their_folder(corpus, tmp_path):
+    load_tokenizer(None, corpus, 300, tmp_path / "cache").save_pretrained(tmp_path / "mine")
+    again = load_tokenizer(str(tmp_path / "mine"), corpus, 300, tmp_path / "cache")
+    assert again.decode(again("quick foxes")["input_ids"]) == "quick foxes"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "no-such-tokenizer"])
+def test_unknown_tokenizers(corpus, tmp_path, name):
+    with pytest.raises(RSOConfigError, match=f"--tokenizer {name}"):
+        load_tokenizer(name, corpus, 300, tmp_path)
+
+
+@pytest.mark.skipif(not GPT2.is_dir(), reason="needs the GPT-2 vocabulary beside the checkout (../shared/data)")
+def test_gpt2_vocabulary_and_merges_without_a_config(corpus, tmp_path):
+    tokenizer = load_tokenizer(str(GPT2), corpus, 300, tmp_path)
+    assert len(tokenizer) == 50257
+    assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]) == "Hello, world"
 
 
 def test_tokens_are_documents_with_an_end_after_each(corpus, tmp_path):

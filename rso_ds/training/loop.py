@@ -214,7 +214,9 @@ class Job:
                 window_loss, window_start, window_first = 0.0, time.monotonic(), step
                 window_bytes = engine.gradient_bytes.total
             if step == self.steps or (args.save_interval and step % args.save_interval == 0):
+                saving = time.monotonic()
                 self._save(step)
+                window_start += time.monotonic() - saving
         display.close()
         self._finish(before, after)
 

@@ -65,6 +65,31 @@ def train(spec):
     return finish(engine, steps(engine, 0, STEPS), p_dtypes=sorted(dtypes))
 
 
+def gpt2(stage):
+    """Conv1D layers and tied embeddings; built under zero.Init at stage 3."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build():
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": tiny_llama.VOCAB, "n_positions": 32}
+        return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+    spec = case(stage, {"rank": 4})
+    plain = build()
+    start = {n: p.clone() for n, p in plain.state_dict().items()}
+    model = plain
+    if stage == 3:
+        batch = {"train_batch_size": MICRO * dist.get_world_size()}
+        with deepspeed.zero.Init(config_dict_or_path={**spec["json"], **batch}):
+            model = build()
+        for name, param in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                param.data.copy_(start[name])
+    config = {**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}
+    engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return {**finish(engine, steps(engine, 0, STEPS)), "start": start, "config": plain.config.to_dict()}
+
+
 def resume(spec, folder, stop):
     """Losses of an uninterrupted run and of one that saves at ``stop``, is thrown away, and resumes."""
     straight = train(spec)
@@ -198,6 +223,7 @@ for stage in range(4):
     JOBS[f"bf16-zero{stage}-masters"] = lambda s=stage: train(
         case(s, {"master_weights": "cpu"}, intermediate=85, **BF16)
     )
+    JOBS[f"gpt2-zero{stage}"] = lambda s=stage: gpt2(s)
 JOBS["resume-masters-zero2"] = lambda: resume(case(2, {"master_weights": "device"}, **BF16), str(OUT / "ckm2"), 7)
 JOBS["resume-masters-zero3"] = lambda: resume(case(3, {"master_weights": "cpu"}, **BF16), str(OUT / "ckm3"), 7)
 JOBS["fp16-zero0-fused"] = lambda: overflow(0, torch_adam=False)

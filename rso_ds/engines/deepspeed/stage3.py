@@ -47,27 +47,24 @@ class Stage3Shards(ReplicatedShards):
     def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight, b, in_features = _zero_params(layer)
         start, stop = self._interval(weight)
-        shard = weight.ds_tensor
+        top, bottom = start // in_features, -(-stop // in_features)  # the rows that this piece touches
         if layer.out_features % self.world_size == 0:
             rows_of_b = b.ds_tensor.view(-1, layer.subspace.rank).to(P.device)
-            top = 0
-            values = shard[: stop - start].view(-1, in_features).to(P.device)
         else:
             with gathered([layer.B]):
-                top, bottom = start // in_features, -(-stop // in_features)
                 rows_of_b = layer.B.detach()[top:bottom].to(P.device).clone()
-            if start == stop:
-                return
-            values = torch.zeros(rows_of_b.shape[0] * in_features, dtype=shard.dtype, device=P.device)
-            values[start - top * in_features : stop - top * in_features] = shard[: stop - start]
-            values = values.view(-1, in_features)
+        if start == stop:
+            return
+        shard = weight.ds_tensor[: stop - start]
+        mine = slice(start - top * in_features, stop - top * in_features)
+        rows = torch.zeros((bottom - top) * in_features, dtype=shard.dtype, device=P.device)
+        rows[mine] = shard
+        rows = rows.view(-1, in_features)
         if self.weight_masters is None:
-            merged = merged_weight(values, rows_of_b, P, decay)
+            merged = merged_weight(rows, rows_of_b, P, decay)
         else:
-            merged = self.weight_masters.merge(name, values, rows_of_b, P, decay)
-        rounded = rounding(merged, shard.dtype, f"{name}:{start}").view(-1)
-        offset = 0 if layer.out_features % self.world_size == 0 else start - top * in_features
-        shard[: stop - start].copy_(rounded[offset : offset + stop - start])
+            merged = self.weight_masters.merge(name, rows, rows_of_b, P, decay)
+        shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[mine])
         self._drop_secondary(weight)
 
     def zero(self, layer: RSOLinear) -> None:
