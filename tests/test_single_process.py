@@ -129,3 +129,13 @@ def test_state_of_another_rank_is_refused():
 
     with pytest.raises(rso_ds.RSOCheckpointError, match=r"layer 'q_proj' .* \[5, 7, 2, 'q_proj'\]"):
         optimizer(3).load_state_dict(optimizer(2).state_dict())
+
+
+@pytest.mark.parametrize("changed", [{"rank": 2}, {"sampler": "gaussian"}, {"seed": 1}])
+def test_model_converted_with_another_configuration_is_refused(changed):
+    model = build()
+    settings = {"rank": 3, "targets": ["q_proj"]}
+    rso_ds.convert(model, rso_ds.RSOConfig(**settings))
+    key, value = next(iter(changed.items()))
+    with pytest.raises(rso_ds.RSOConversionError, match=f"'{key}': .*, the configuration says {value!r}"):
+        rso_ds.RSO(model, rso_ds.RSOConfig(**{**settings, **changed}))

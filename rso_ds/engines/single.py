@@ -16,7 +16,7 @@ from rso_ds.boundary import Boundary
 from rso_ds.config import RSOConfig
 from rso_ds.engines.replicated import ReplicatedShards
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
-from rso_ds.layers import rso_layers
+from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.optim.groups import layer_groups, proximal_hook, solver_groups
 
 
@@ -50,6 +50,7 @@ class RSO(torch.optim.Optimizer):
             raise RSOConversionError(
                 "the model has no RSO layer, so RSO would be plain AdamW: call rso_ds.convert(model, config) first."
             )
+        check_conversion(layers, config)
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise RSOUnsupportedError(
                 "rso_ds.RSO runs in a single process for now; with several ranks use rso_ds.initialize (DeepSpeed)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,18 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
             _put(model, old, layer)
     _select_dense(model, config, layers)
     return Conversion({name: layers[name] for name in names}, replaced)
+
+
+def check_conversion(layers: Mapping[str, RSOLinear], config: RSOConfig) -> None:
+    """Raise ``RSOConversionError`` if ``layers`` were converted with another configuration than ``config``."""
+    for name, layer in layers.items():
+        for key in ("sampler", "seed", "rank"):
+            wanted, found = getattr(config, key), getattr(layer.subspace, key)
+            if wanted is not None and wanted != found:
+                raise RSOConversionError(
+                    f"layer '{name}' was converted with '{key}': {found!r}, the configuration says {wanted!r}:"
+                    " convert the model with the configuration that it trains with."
+                )
 
 
 def dense_layer(layer: RSOLinear) -> nn.Module:
@@ -189,4 +201,4 @@ def _select_dense(model: nn.Module, config: RSOConfig, layers: dict[str, RSOLine
             param.requires_grad_(False)
 
 
-__all__ = ["Conversion", "convert", "dense_layer", "rso_layers", "to_dense"]
+__all__ = ["Conversion", "check_conversion", "convert", "dense_layer", "rso_layers", "to_dense"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import deepspeed
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
@@ -21,7 +24,7 @@ from rso_ds.engines.deepspeed.ds_json import (
     rso_config,
 )
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
-from rso_ds.layers import convert, rso_layers, summary_table
+from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
 from rso_ds.optim.groups import layer_groups, solver_groups
 
 _initialize: Callable[..., Any] = deepspeed.initialize
@@ -34,10 +37,13 @@ def initialize(
     model_parameters: Any = None,
     training_data: Any = None,
     lr_scheduler: Any = None,
-    *positional: Any,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
     config: Any = None,
+    mesh_param: Any = None,
     config_params: Any = None,
-    **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Same arguments and return values as ``deepspeed.initialize``.
 
@@ -62,32 +68,37 @@ def initialize(
         )
     if isinstance(model, PipelineModule):
         raise RSOUnsupportedError("RSO does not support pipeline parallelism: use ZeRO data parallelism.")
-    if kwargs.get("mpu") is not None and kwargs["mpu"].get_model_parallel_world_size() > 1:
+    if mpu is not None and mpu.get_model_parallel_world_size() > 1:
         raise RSOUnsupportedError("RSO does not support model parallelism (mpu): use ZeRO data parallelism.")
     refuse_unsupported(ds_config)
 
     given = None if model_parameters is None else list(model_parameters)
     converted = dict(rso_layers(model))
     replaced: dict[int, nn.Parameter] = {}
-    if not converted:
+    if converted:
+        check_conversion(converted, rso)
+    else:
         conversion = convert(model, rso)
         converted, replaced = conversion.layers, conversion.replaced
     groups = solver_groups(model.parameters() if given is None else given, converted, replaced, rso)
     _, where = layer_groups(converted, groups)
     table = summary_table(model, rso)  # before ZeRO takes the parameters apart
 
-    if args is not None and getattr(args, "deepspeed_config", None) is not None:
-        args.deepspeed_config = None  # DeepSpeed refuses a config in two places
+    if getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
+        args.deepspeed_config = None  # the solver's configuration takes its place
     result = _initialize(
-        args,
-        model,
-        None,
-        groups,
-        training_data,
-        lr_scheduler,
-        *positional,
+        args=args,
+        model=model,
+        model_parameters=groups,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
         config=inner_config(ds_config, rso),
-        **kwargs,
+        mesh_param=mesh_param,
     )
     engine = result[0]
     engine.rso = attach(engine, converted, rso, where)
@@ -107,11 +118,7 @@ def patch_deepspeed() -> None:
 
     @wraps(_initialize)
     def patched(*args: Any, **kwargs: Any) -> Any:
-        names = (
-            *("args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler"),
-            *("distributed_port", "mpu", "dist_init_required", "collate_fn", "config"),
-        )
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = inspect.signature(_initialize).bind(*args, **kwargs).arguments
         try:
             ds_config = _config_of(call.get("args"), call.get("config"), call.get("config_params"))
         except RSOConfigError:
