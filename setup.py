@@ -20,6 +20,7 @@ setup(
         "train": [
             "deepspeed>=0.19.3",
             "transformers>=5.0",
+            "accelerate>=1.1",
             "tokenizers>=0.22",
             "numpy>=1.26",
             "pyyaml>=6.0",

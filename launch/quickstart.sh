@@ -7,4 +7,4 @@ bash launch/install.sh train "${RSO_DS_VENV:-.venv}"
 export PATH="$(cd "${RSO_DS_VENV:-.venv}" && pwd)/bin:$PATH"
 ranks=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
 exec deepspeed --num_gpus "$ranks" launch/train.py --deepspeed ds_configs/rso.json \
-  --seq-len 128 --train-tokens 1200000 --output runs/quickstart "$@"
+  --seq-len 128 --train-tokens 1200000 --output "runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rso_ds.config import RSOConfig
-from rso_ds.errors import RSOCheckpointError, RSOReplicaError
+from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
 from rso_ds.layers import RSOLinear, round_stochastically
 from rso_ds.optim.carry_over import CARRY_OVER, rotation
 from rso_ds.subspace import Subspace, projection_seed
@@ -109,6 +109,10 @@ class Boundary:
         weight_decays: Sequence[float],
         lr_groups: Sequence[int],
     ) -> None:
+        if config.merge_rounding == "stochastic" and any(x.weight.dtype == torch.float16 for x in layers.values()):
+            raise RSOUnsupportedError(
+                "'merge_rounding': 'stochastic' is for bf16 weights and these are fp16: use 'master_weights', or bf16."
+            )
         self.config = config
         self.layers = layers
         self.shards = shards

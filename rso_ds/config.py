@@ -67,7 +67,9 @@ class RSOConfig:
         "all", "Other parameters to train densely: 'all', 'none', or a list of name suffixes or glob patterns."
     )
     seed: int = _key(0, "Seed of every P. Ranks and resumed runs must agree on it.")
-    merge_rounding: str = _key("nearest", f"How a merged W is rounded when its dtype is below fp32: {MERGE_ROUNDINGS}.")
+    merge_rounding: str = _key(
+        "nearest", f"How the fp32 merge is rounded to bf16: {MERGE_ROUNDINGS} (fp16: nearest only)."
+    )
     master_weights: str = _key(
         "none",
         f"Where to keep fp32 copies of low-precision W, sharded over ranks, for the merge: {MASTER_WEIGHTS}.",

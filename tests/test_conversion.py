@@ -230,6 +230,15 @@ def test_refusals(build, config, message):
         rso_ds.convert(build(), RSOConfig(**config))
 
 
+@pytest.mark.parametrize("bad", [{"rank": 9}, {"dense": ["nothing"]}])
+def test_a_refused_model_is_as_it_was(bad):
+    model = llama()
+    with pytest.raises(RSOConversionError):
+        rso_ds.convert(model, RSOConfig(**bad))
+    assert not list(rso_layers(model))
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_converting_twice_is_refused():
     model = llama()
     rso_ds.convert(model, RSOConfig())

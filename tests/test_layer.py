@@ -7,7 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import rso_ds
-from rso_ds.layers import subspace_linear
+from rso_ds.engines.masters import WeightMasters
+from rso_ds.layers import merged_weight, subspace_linear
 
 TOKENS, IN, OUT, RANK = 6, 10, 8, 3
 
@@ -154,6 +155,33 @@ def test_moving_and_casting_the_model_moves_P():
     torch.testing.assert_close(model[0].subspace.P.float(), before)
     assert not dict(model.named_buffers())
     assert {n.rpartition(".")[2] for n in model.state_dict()} == {"weight", "bias", "B"}
+
+
+def test_training_after_a_first_evaluation_in_inference_mode():
+    model, x = converted(), torch.randn(4, IN)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert model[0].B.grad is not None
+
+
+def test_fp32_masters_keep_what_bf16_rounds_away():
+    """200 merges of 1/2000 of a weight: nearest bf16 never moves, the master arrives."""
+    weight = torch.ones(2, 3, dtype=torch.bfloat16)
+    b, p = torch.full((2, 1), 5e-4), torch.ones(3, 1)
+    masters, kept, lost = WeightMasters("cpu"), weight, weight
+    for _ in range(200):
+        kept = masters.merge("w", kept, b, p, 1.0).to(torch.bfloat16)
+        lost = merged_weight(lost, b, p).to(torch.bfloat16)
+    assert torch.equal(lost, weight)
+    torch.testing.assert_close(kept.float(), torch.full((2, 3), 1.1), atol=4e-3, rtol=0)
+
+
+def test_stochastic_rounding_of_fp16_weights_is_refused():
+    model = converted(torch.float16)
+    config = rso_ds.RSOConfig(rank=RANK, merge_rounding="stochastic")
+    with pytest.raises(rso_ds.RSOUnsupportedError, match="is for bf16 weights and these are fp16"):
+        rso_ds.RSO(model, config)
 
 
 def test_stochastic_rounding_is_unbiased_and_exact_on_representable_values():

@@ -176,6 +176,7 @@ def test_checkpoint_of_another_model_or_run_is_refused(space, finished):
     source = str(space.folder / "full" / "checkpoints")
     other_model = space.run("other", "--resume", source, "--set", "optimizer.params.rank_ratio=0.5")
     assert "is of another model or rank: layer" in error_of(other_model)
+    assert "holds checkpoints of an earlier run" in error_of(space.run("full", ranks=1))
     other_steps = space.run("other", "--resume", source, steps=20)
     assert "that run had steps = 12, this one 20" in error_of(other_steps)
     assert "does not exist" in error_of(space.run("other", "--resume", str(space.folder), ranks=1))

@@ -21,10 +21,12 @@ from rso_ds.subspace import Subspace
 @dataclass
 class Conversion:
     """What ``convert`` did. ``layers`` maps names to layers in model order; ``replaced`` maps the id of
-    each original weight Parameter to the B that is trained in its place."""
+    each original weight Parameter to the B that is trained in its place. ``originals`` keeps those weights
+    alive, since the id of a freed one may be given to another parameter."""
 
     layers: dict[str, RSOLinear]
     replaced: dict[int, nn.Parameter]
+    originals: list[nn.Parameter]
 
 
 def rso_layers(model: nn.Module) -> Iterator[tuple[str, RSOLinear]]:
@@ -53,23 +55,27 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         )
     _refuse_tied_targets(model, names)
     shapes = {name: _linear_shape(model.get_submodule(name)) for name in names}
+    groups = [(members, _rank(members, shapes, config)) for members in _groups(names, shapes)]
+    _select_dense(model, config, names)
+    # Nothing above changed a layer: a refused model is as it was.
     layers: dict[str, RSOLinear] = {}
     replaced: dict[int, nn.Parameter] = {}
-    for members in _groups(names, shapes):
+    originals: list[nn.Parameter] = []
+    for members, rank in groups:
         subspace = Subspace(
             name="+".join(members),
             in_features=shapes[members[0]][1],
-            rank=_rank(members, shapes, config),
+            rank=rank,
             sampler=config.sampler,
             seed=config.seed,
         )
         for name in members:
             old = model.get_submodule(name)
             layers[name] = layer = _replacement(old, shapes[name], subspace)
+            originals.append(old.weight)  # type: ignore[arg-type]
             replaced[id(old.weight)] = layer.B
             _put(model, old, layer)
-    _select_dense(model, config, layers)
-    return Conversion({name: layers[name] for name in names}, replaced)
+    return Conversion({name: layers[name] for name in names}, replaced, originals)
 
 
 def check_conversion(layers: Mapping[str, RSOLinear], config: RSOConfig) -> None:
@@ -185,11 +191,11 @@ def _refuse_tied_targets(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def _select_dense(model: nn.Module, config: RSOConfig, layers: dict[str, RSOLinear]) -> None:
+def _select_dense(model: nn.Module, config: RSOConfig, targets: list[str]) -> None:
     if config.dense == "all":
         return
     patterns = () if config.dense == "none" else config.dense
-    ours = {id(p) for layer in layers.values() for p in (layer.weight, layer.B)}
+    ours = {id(model.get_submodule(name).weight) for name in targets}
     others = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in ours]
     for pattern in patterns:
         if not any(matches(n, (pattern, pattern + ".weight", pattern + ".bias")) for n, _ in others):

@@ -28,7 +28,7 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "xlm-roberta": _BERT,
 }
 
-# Siblings (children of one module) that are fed the same tensor, so that one P and one x P serve all.
+# Siblings (children of one module) that are fed the same tensor, so that one P serves all.
 SHARED_INPUT: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),

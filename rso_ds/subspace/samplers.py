@@ -23,19 +23,19 @@ def projection_seed(seed: int, name: str, draw: int) -> int:
 def _haar(generator: torch.Generator, in_features: int, rank: int, device: torch.device) -> Tensor:
     # QR alone is not Haar: its sign convention depends on the library. Dividing out the signs of R's
     # diagonal makes the factorisation unique and Q uniform on the Stiefel manifold (Mezzadri 2007).
-    gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float32).to(device)
+    gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float32, device="cpu").to(device)
     q, r = torch.linalg.qr(gaussian)
     signs = torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
     return q * (signs * math.sqrt(in_features / rank))
 
 
 def _gaussian(generator: torch.Generator, in_features: int, rank: int, device: torch.device) -> Tensor:
-    gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float32).to(device)
+    gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float32, device="cpu").to(device)
     return gaussian / math.sqrt(rank)
 
 
 def _coordinate(generator: torch.Generator, in_features: int, rank: int, device: torch.device) -> Tensor:
-    chosen = torch.randperm(in_features, generator=generator)[:rank].to(device)
+    chosen = torch.randperm(in_features, generator=generator, device="cpu")[:rank].to(device)
     p = torch.zeros(in_features, rank, dtype=torch.float32, device=device)
     p[chosen, torch.arange(rank, device=device)] = math.sqrt(in_features / rank)
     return p

@@ -32,7 +32,9 @@ class Subspace:
 
     @torch.compiler.disable
     def _materialize(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        self.P = self.sample(self.draw, device, dtype)
+        # The first use may be an evaluation under inference_mode, whose tensors autograd refuses later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.P = self.sample(self.draw, device, dtype)
         return self.P
 
     def projection(self, device: torch.device, dtype: torch.dtype) -> Tensor:

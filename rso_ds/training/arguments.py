@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class TrainArguments:
     tokenizer: str | None = _flag(None, "Folder or hub name; default: a BPE trained on the data.")
     vocab_size: int = _flag(4096, "Size of the trained BPE.")
     seq_len: int = _flag(256, "Tokens a sequence.")
-    global_batch: int = _flag(32, "Sequences an optimizer step, over all ranks.")
+    global_batch: int | None = _flag(None, "Sequences an optimizer step, over all ranks; default: about 32.")
     micro_batch: int | None = _flag(None, "Sequences a rank and forward pass; default: at most 16.")
     max_steps: int | None = _flag(None, "Optimizer steps; default: from --train-tokens.")
     train_tokens: int | None = _flag(None, "Tokens to train on; default: one epoch.")
@@ -75,6 +76,20 @@ class TrainArguments:
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
                 raise RSOConfigError(f"--{_dashed(key)} must be an integer of at least {minimum}, got {value!r}.")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise RSOConfigError(f"--{_dashed(f.name)} must be one of {', '.join(choices)}, got {value!r}.")
+            if f.type == "bool" and not isinstance(value, bool):
+                raise RSOConfigError(f"--{_dashed(f.name)} must be true or false, got {value!r}.")
+            if str(f.type).startswith("str") and not isinstance(value, str) and (value is not None or f.type == "str"):
+                raise RSOConfigError(f"--{_dashed(f.name)} must be a text, got {value!r}.")
+        if not isinstance(self.set, list) or not all(isinstance(item, str) for item in self.set):
+            raise RSOConfigError(f"--set must be a list of KEY=VALUE, got {self.set!r}.")
+        for key in ("learning_rate", "weight_decay", "clip"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise RSOConfigError(f"--{_dashed(key)} must be a number of at least 0, got {value!r}.")
         for key, top in (("warmup", 1.0), ("final_lr", 1.0), ("val_fraction", 0.5)):
             value = getattr(self, key)
             if not isinstance(value, (int, float)) or not 0 <= value <= top:
@@ -112,6 +127,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     given.pop("local_rank", None)
     settings = _read_yaml(given.pop("config")) if "config" in given else {}
     for key, value in settings.items():
+        key = str(key)
         if key not in fields:
             raise RSOConfigError(unknown_key(key, list(fields), "the training configuration"))
         settings[key] = _coerce(key, value, str(fields[key].type))

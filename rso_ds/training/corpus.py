@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -43,8 +44,9 @@ class Corpus:
     ) -> None:
         self.source, self.held_out, self.text_key = source, held_out, text_key
         self.files = _files_of(source)
-        self.held_out_files = _files_of(held_out_source) if held_out_source else None
-        if self.held_out_files is None and self.files is not None and source != STDLIB:
+        self.held_out_source = held_out_source
+        self.held_out_files = _files_of(held_out_source, "--val-data") if held_out_source else None
+        if held_out_source is None and self.files is not None and source != STDLIB:
             named = [f for f in self.files if f.name.split(".")[0] in _HELD_OUT]
             train = [f for f in self.files if f.name.split(".")[0] in _TRAIN]
             if named and train:
@@ -52,14 +54,17 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Changes when a file or the split does; names the cached tokens."""
-        parts = [self.source, str(self.held_out), self.text_key]
+        parts = [self.source, str(self.held_out_source), str(self.held_out), self.text_key]
         for files in (self.files, self.held_out_files):
             parts += ["|"] + [f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files or ()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def documents(self, part: str) -> Iterator[str]:
         """Documents of ``part`` ("train" or "held_out"), in a fixed order."""
-        if self.held_out_files is not None:
+        if self.held_out_source is not None and part == "held_out":
+            yield from self._read(self.held_out_files, self.held_out_source)
+            return
+        if self.held_out_source is not None or self.held_out_files is not None:
             yield from self._read(self.held_out_files if part == "held_out" else self.files)
             return
         if self.files is not None and self._few_documents():
@@ -75,15 +80,18 @@ class Corpus:
     def _few_documents(self) -> bool:
         return sum(1 for _ in itertools.islice(self._read(self.files), _FEW)) < _FEW
 
-    def _read(self, files: list[Path] | None) -> Iterator[str]:
+    def _read(self, files: list[Path] | None, hub_name: str | None = None) -> Iterator[str]:
         if files is None:
-            yield from _hub_documents(self.source, self.text_key)
+            yield from _hub_documents(hub_name or self.source, self.text_key)
             return
         for file in files:
-            yield from _file_documents(file, self.text_key)
+            try:
+                yield from _file_documents(file, self.text_key)
+            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+                raise RSOConfigError(f"{file} cannot be read, it may be damaged: {error}") from None
 
 
-def _files_of(source: str) -> list[Path] | None:
+def _files_of(source: str, flag: str = "--data") -> list[Path] | None:
     """Files of a local source, None for a hub name."""
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -93,11 +101,11 @@ def _files_of(source: str) -> list[Path] | None:
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and _format_of(f) is not None)
         if not files:
-            raise RSOConfigError(f"--data {source}: the folder has no {', '.join(_FORMATS)} file.")
+            raise RSOConfigError(f"{flag} {source}: the folder has no {', '.join(_FORMATS)} file.")
     elif path.is_file():
         if _format_of(path) is None:
             raise RSOConfigError(
-                f"--data {source}: unknown format; known are {', '.join(_FORMATS)},"
+                f"{flag} {source}: unknown format; known are {', '.join(_FORMATS)},"
                 f" also with {', '.join(_COMPRESSIONS)}."
             )
         files = [path]
@@ -105,11 +113,11 @@ def _files_of(source: str) -> list[Path] | None:
         return None
     else:
         raise RSOConfigError(
-            f"--data {source}: no such file or folder (a hub dataset is written org/name; '{STDLIB}' needs no file)."
+            f"{flag} {source}: no such file or folder (a hub dataset is written org/name; '{STDLIB}' needs no file)."
         )
     empty = [f for f in files if f.stat().st_size == 0]
     if empty:
-        raise RSOConfigError(f"--data {source}: {empty[0]} is empty.")
+        raise RSOConfigError(f"{flag} {source}: {empty[0]} is empty.")
     return files
 
 
@@ -151,6 +159,8 @@ def _file_documents(file: Path, key: str) -> Iterator[str]:
                     raise RSOConfigError(f"{file}, line {number}: not a JSON object a line ({error}).") from None
                 if not isinstance(record, dict) or key not in record:
                     raise RSOConfigError(f"{file}, line {number}: no key '{key}': set --text-key.")
+                if not isinstance(record[key], (str, type(None))):
+                    raise RSOConfigError(f"{file}, line {number}: '{key}' is not a text.")
                 if record[key]:
                     yield record[key]
     else:
@@ -170,4 +180,5 @@ def _hub_documents(name: str, key: str) -> Iterator[str]:
     for row in rows:
         if key not in row:
             raise RSOConfigError(f"--data {name}: no column '{key}' (there are {sorted(row)}): set --text-key.")
-        yield row[key]
+        if row[key]:
+            yield row[key]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.training.arguments import TrainArguments
@@ -15,7 +16,7 @@ from rso_ds.training.arguments import TrainArguments
 # With interval 10 and a first moment that restarts at 0 the mean step is 0.41 of AdamW's (docs/algorithm.md);
 # docs/results.md has the sweep.
 _DEFAULT_LR = {"RSO": 4e-3}
-_MICRO_BATCH = 16
+_MICRO_BATCH, _GLOBAL_BATCH = 16, 32
 
 
 def read_json(args: TrainArguments) -> dict[str, Any]:
@@ -27,9 +28,17 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
         raise RSOConfigError(f"--deepspeed {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise RSOConfigError(f"--deepspeed {path} is not JSON: {error}.") from None
-    if not isinstance(config.get("optimizer"), dict) or "type" not in config["optimizer"]:
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("optimizer"), dict)
+        or "type" not in config["optimizer"]
+    ):
         raise RSOConfigError(f'--deepspeed {path}: it needs an "optimizer" block with a "type".')
-    config["optimizer"].setdefault("params", {})
+    for block in ("bf16", "fp16", "scheduler", "zero_optimization"):
+        if not isinstance(config.get(block, {}), dict):
+            raise RSOConfigError(f"--deepspeed {path}: '{block}' must be a block {{...}}, got {config[block]!r}.")
+    if not isinstance(config["optimizer"].setdefault("params", {}), dict):
+        raise RSOConfigError(f"--deepspeed {path}: 'params' of the optimizer must be a block {{...}}.")
     for item in args.set:
         key, equals, value = item.partition("=")
         if not equals or not key:
@@ -46,26 +55,42 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
 
 
 def batch_sizes(config: dict[str, Any], args: TrainArguments, world_size: int) -> tuple[int, int]:
-    """(micro batch, accumulation steps). Numbers in the JSON win over the flags' defaults."""
-    micro = config.get("train_micro_batch_size_per_gpu", "auto")
-    total = config.get("train_batch_size", "auto")
-    accumulation = config.get("gradient_accumulation_steps", "auto")
-    total = args.global_batch if total == "auto" and accumulation == "auto" else total
-    if micro == "auto":
-        micro = args.micro_batch
-    if micro is None:
-        share = (total if total != "auto" else args.global_batch) // world_size
-        micro = max((m for m in range(1, _MICRO_BATCH + 1) if share and share % m == 0), default=1)
-    if accumulation == "auto":
+    """(micro batch, accumulation steps) from the JSON's numbers and the flags.
+
+    Without either, a step has about 32 sequences: as near as the number of ranks divides. Raises
+    ``RSOConfigError`` if a flag contradicts a number of the JSON, or the sizes do not fit together.
+    """
+    micro = _agreed(config, "train_micro_batch_size_per_gpu", "--micro-batch", args.micro_batch)
+    total = _agreed(config, "train_batch_size", "--global-batch", args.global_batch)
+    accumulation = _agreed(config, "gradient_accumulation_steps", "", None)
+    if total is None and not (micro and accumulation):
+        unit = world_size * (micro or 1) * (accumulation or 1)
+        total = max(1, round(_GLOBAL_BATCH / unit)) * unit
+    if micro is None and total is not None:
+        share = total // (world_size * (accumulation or 1))
+        largest = share if accumulation else _MICRO_BATCH
+        micro = max((m for m in range(1, largest + 1) if share and share % m == 0), default=1)
+    assert micro is not None
+    if accumulation is None:
+        assert total is not None
         accumulation = max(1, total // (micro * world_size))
-    if total == "auto":
-        total = micro * accumulation * world_size
-    if total != micro * accumulation * world_size:
+    if total is not None and total != micro * accumulation * world_size:
         raise RSOConfigError(
             f"--global-batch {total} is not micro batch {micro} x ranks {world_size} x accumulation {accumulation}:"
             " change --global-batch or --micro-batch."
         )
     return micro, accumulation
+
+
+def _agreed(config: dict[str, Any], key: str, flag: str, value: int | None) -> int | None:
+    number = config.get(key, "auto")
+    if number == "auto":
+        return value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise RSOConfigError(f"'{key}' of the DeepSpeed JSON must be a whole number or \"auto\", got {number!r}.")
+    if value is not None and value != number:
+        raise RSOConfigError(f"{flag} {value} contradicts '{key}': {number} of the DeepSpeed JSON: drop one of them.")
+    return number
 
 
 def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: int, on_gpu: bool) -> dict[str, Any]:
@@ -79,7 +104,7 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     config["train_batch_size"] = micro * accumulation * world_size
     precision = args.precision
     if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     warmup = max(2, round(args.warmup * steps))
     params = config["optimizer"]["params"]
     _fill(params, "lr", _DEFAULT_LR.get(config["optimizer"]["type"], 1e-3))
@@ -106,8 +131,8 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     ):  # fmt: skip
         _fill(scheduler.get("params", {}), key, value)
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer")
-    if not on_gpu and not offload and config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
-        # DeepSpeed's fused Adam would be compiled for the CPU first; torch's is as fast there.
+    if (not on_gpu or CUDA_HOME is None) and not offload and config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
+        # DeepSpeed's fused Adam is compiled first: on a CPU for nothing, without a CUDA toolkit in vain.
         params.setdefault("torch_adam", True)
     left = _autos(config)
     if left:

@@ -29,6 +29,12 @@ class Place:
 def start() -> Place:
     """Join the other ranks (as the launcher's environment says; alone without one)."""
     if "RANK" not in os.environ:
+        for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MV2_COMM_WORLD_SIZE"):
+            if int(os.environ.get(key, 1)) > 1:
+                raise RSOError(
+                    f"{key}={os.environ[key]} but RANK is not set: each process would train alone. Start with the"
+                    " deepspeed launcher or torchrun, or export RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."
+                )
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

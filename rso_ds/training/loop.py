@@ -16,7 +16,7 @@ from torch import nn
 
 from rso_ds.checkpoint import save_dense
 from rso_ds.comm.counter import GradientBytes
-from rso_ds.errors import RSOCheckpointError, RSOError
+from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.training.arguments import TrainArguments, parse_arguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
@@ -24,7 +24,7 @@ from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
 from rso_ds.training.distributed import Place, start
 from rso_ds.training.evaluation import held_out_loss, sample
 from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes
-from rso_ds.training.models import load_model
+from rso_ds.training.models import LLAMA_SHAPES, load_model
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
 
 
@@ -47,6 +47,11 @@ class Job:
     def __init__(self, args: TrainArguments, ds_json: dict[str, Any], corpus: Corpus, place: Place) -> None:
         self.args, self.place, self.corpus = args, place, corpus
         self.output = Path(args.output)
+        if args.resume is None and (self.output / "checkpoints" / "latest").is_file():
+            raise RSOConfigError(
+                f"--output {self.output} holds checkpoints of an earlier run: continue it with --resume auto, or give"
+                " another --output."
+            )
         self.tokenizer, train_file, held_out_file = self._prepare_data()
         self.train_data = PackedTokens(train_file, args.seq_len, args.seed)
         self.held_out = PackedTokens(held_out_file, args.seq_len)
@@ -65,21 +70,32 @@ class Job:
         cache = Path(self.args.cache).expanduser()
 
         def load() -> tuple[Any, Path, Path]:
-            tokenizer = load_tokenizer(self.args.tokenizer, self.corpus, self.args.vocab_size, cache)
+            tokenizer = load_tokenizer(self._tokenizer_name(), self.corpus, self.args.vocab_size, cache)
             parts = [token_file(self.corpus, part, tokenizer, cache) for part in ("train", "held_out")]
             return tokenizer, parts[0], parts[1]
 
-        failure: list[Any] = [None]
+        failure: str | None = None
         result = None
         if self.place.local_rank == 0:
             try:
                 result = load()
             except RSOError as error:
-                failure[0] = error
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise failure[0]
+                failure = str(error)
+            except Exception as error:  # every rank must hear of it, or the others wait for ever
+                failure = f"--data {self.args.data} cannot be prepared: {type(error).__name__}: {error}"
+        failures: list[Any] = [None] * self.place.world_size
+        dist.all_gather_object(failures, failure)
+        for message in failures:
+            if message is not None:
+                raise RSOConfigError(message)
         return result if result is not None else load()
+
+    def _tokenizer_name(self) -> str | None:
+        """``--tokenizer``, else the model's own where its weights are used, else None (train a BPE)."""
+        args = self.args
+        if args.tokenizer is not None or args.model in LLAMA_SHAPES or args.init == "random":
+            return args.tokenizer
+        return args.model
 
     def _number_of_steps(self) -> int:
         if self.args.max_steps is not None:

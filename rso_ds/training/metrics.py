@@ -31,7 +31,8 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if keep_to is not None and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= keep_to]
+            whole = path.read_text().rpartition("\n")[0]  # a crash may have left half a line
+            kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= keep_to]
         path.write_text("".join(line + "\n" for line in kept))
         self.path = path
 

@@ -38,7 +38,6 @@ def llama_config(name: str, vocab_size: int = 32000, seq_len: int = 2048, **spec
         max_position_embeddings=max(seq_len, 1024),
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
-        use_cache=False,
         **special,
     )
 
@@ -57,12 +56,17 @@ def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None
     folder = Path(name)
     if not folder.exists():
         near = difflib.get_close_matches(name, LLAMA_SHAPES, n=1)
-        if near or "/" not in name or name.startswith((".", "/")):
+        if name.startswith((".", "/")) or (near and "/" not in name):
             hint = f" Did you mean '{near[0]}'?" if near else f" Named shapes: {', '.join(LLAMA_SHAPES)}."
             raise RSOConfigError(f"--model {name}: no such shape, folder or hub name.{hint}")
     elif not (folder / "config.json").is_file():
         raise RSOConfigError(f"--model {name}: {folder / 'config.json'} does not exist.")
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise RSOConfigError(f"--model {name} cannot be loaded: {error}") from None
+    if not hasattr(config, "vocab_size"):
+        raise RSOConfigError(f"--model {name} ({config.model_type}) is not a language model.")
     if config.vocab_size < vocab_size:
         raise RSOConfigError(
             f"--model {name} has {config.vocab_size} embeddings and the tokenizer {vocab_size} tokens: give the"
@@ -73,7 +77,6 @@ def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None
     if not pretrained:
         return _random(config)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    model.config.use_cache = False
     return model
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,10 @@ def load_tokenizer(name: str | None, corpus: Corpus, vocab_size: int, cache: Pat
         return _existing(name)
     folder = cache / f"bpe-{vocab_size}-{corpus.fingerprint()}"
     if not (folder / "tokenizer.json").is_file():
-        _train_bpe(corpus, vocab_size).save_pretrained(folder)
+        half = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        _train_bpe(corpus, vocab_size).save_pretrained(half)
+        with contextlib.suppress(OSError):  # another node was first
+            os.replace(half, folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

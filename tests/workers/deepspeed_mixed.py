@@ -62,7 +62,10 @@ def finish(engine, losses, **more):
 def train(spec):
     engine = engine_of(spec)
     dtypes = {str(x.subspace.P.dtype) for x in engine.rso.layers.values()}
-    return finish(engine, steps(engine, 0, STEPS), p_dtypes=sorted(dtypes))
+    losses = steps(engine, 0, STEPS)
+    masters = engine.rso.shards.weight_masters
+    rows = {} if masters is None else {n: tuple(r.shape) for n, r in masters.rows.items()}
+    return finish(engine, losses, p_dtypes=sorted(dtypes), master_rows=rows)
 
 
 def gpt2(stage):
@@ -86,7 +89,7 @@ def gpt2(stage):
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
                 param.data.copy_(start[name])
     config = {**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}
-    engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine, *_ = rso_ds.initialize(model=model, config=config)
     return {**finish(engine, steps(engine, 0, STEPS)), "start": start, "config": plain.config.to_dict()}
 
 
@@ -140,6 +143,7 @@ def foreign_checkpoints(folder):
         found[name] = message_of(lambda name=name: engine.load_checkpoint(str(folder), tag=name))
     found["exclude_frozen"] = message_of(lambda: engine.save_checkpoint(str(folder), exclude_frozen_parameters=True))
     after = engine.module.state_dict()
+    found["save_16bit_model"] = message_of(lambda: engine.save_16bit_model(str(folder)))
     found["untouched"] = all(torch.equal(before[n], after[n]) for n in before)
     return found
 
@@ -158,6 +162,7 @@ def refusals():
     def params(**keys):
         return {**base, "optimizer": {"type": "RSO", "params": keys}}
 
+    sgd = {"solver": "sgd", "carry_over": "reset", "rank": 4}
     model = tiny_llama.build()
     bare = {**base, "optimizer": rso}
     return {
@@ -178,6 +183,11 @@ def refusals():
         ),
         "missing json": message_of(start("no/such/file.json")),
         "plain initialize": message_of(lambda: deepspeed.initialize(model=tiny_llama.build(), config=bare)),
+        "sgd offload": message_of(
+            start({**zero(offload_optimizer={"device": "cpu"}), "optimizer": {"type": "RSO", "params": sgd}})
+        ),
+        "super offload": message_of(start(zero(offload_optimizer={"device": "cpu", "super_offload": True}))),
+        "ranks disagree on shapes": message_of(start(params(rank=4 + dist.get_rank()))),
         "ranks disagree": message_of(start(params(rank=4, seed=dist.get_rank()))),
     }
 

@@ -34,27 +34,43 @@ def attach(engine: Any, layers: Mapping[str, RSOLinear], config: RSOConfig, wher
     groups = solver.param_groups
     assert all(groups[i][IS_SUBSPACE] for i in where)
     boundary = Boundary(config, dict(layers), shards, [groups[i][W_DECAY] for i in where], where)
-    _agree_on_setup(boundary)
     boundary.materialize()
     boundary.check_replicas()
     if config.proximal:
         solver.register_step_pre_hook(proximal_hook(config))
     scale_loss_at_stage_0(engine)
     _hook_step(engine, boundary, solver)
+    _refuse_lossy_savers(engine)
     _hook_save(engine, boundary, shards)
     _hook_load(engine, boundary, shards)
     return boundary
 
 
-def _agree_on_setup(boundary: Boundary) -> None:
-    text = json.dumps([boundary.config.to_dict(), boundary.state_dict()], sort_keys=True)
+def agree_on_setup(layers: Mapping[str, RSOLinear], config: RSOConfig, device: torch.device) -> None:
+    """Raise ``RSOReplicaError`` on every rank unless all have the same configuration and layers.
+
+    Comes before DeepSpeed touches the model: its broadcasts would hang or fail on unequal shapes.
+    """
+    shapes = {n: [x.out_features, x.in_features, x.subspace.rank, x.subspace.name] for n, x in layers.items()}
+    text = json.dumps([config.to_dict(), shapes], sort_keys=True)
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-    mine = torch.tensor([digest], dtype=torch.int64, device=boundary.shards.device)
-    low, high = boundary.shards.extremes_over_ranks(mine)
+    low, high = (torch.tensor([digest], dtype=torch.int64, device=device) for _ in range(2))
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
     if low.item() != high.item():
         raise RSOReplicaError(
             "ranks disagree on the RSO configuration or the model: give every rank the same JSON and the same model."
         )
+
+
+def _refuse_lossy_savers(engine: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RSOUnsupportedError(
+            "save_16bit_model would write W without the current B P^T: use rso_ds.checkpoint.save_dense(engine.module,"
+            " folder, rank)."
+        )
+
+    engine.save_16bit_model = refuse
 
 
 def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -> None:
@@ -77,6 +93,11 @@ def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -
         # fp16 autocast); the solver having run alone does not know of overflows found afterwards.
         if engine.was_step_applied() and stepped:
             boundary.step_applied(lrs)
+        elif engine.was_step_applied() and engine.torch_autocast_z0_gradscaler is None:
+            raise RSOUnsupportedError(
+                f"DeepSpeed applied a step without {type(solver).__name__}.step: RSO cannot follow this optimizer"
+                " set-up; remove the offload or overlap features of zero_optimization."
+            )
         return result
 
     engine.step = step
@@ -118,8 +139,10 @@ def _hook_load(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> Non
         folder = os.path.join(load_dir, str(tag))
         state = _read_on_rank_zero(folder)
         boundary.check_state(state, folder)
-        if masters is not None and state["draw"] > 0:
-            masters.load(Path(folder), shards.rank, shards.world_size)
+        if masters is not None:
+            masters.rows = {}
+            if state["draw"] > 0:
+                masters.load(Path(folder), shards.rank, shards.world_size)
         result = inner(load_dir, tag, *args, **kwargs)
         if result[0] is None:
             raise RSOCheckpointError(f"DeepSpeed could not load {folder}: see its log above.")

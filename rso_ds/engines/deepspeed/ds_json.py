@@ -51,6 +51,8 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
             _refuse(f'zero_optimization.{key}.device "nvme"', 'use "cpu"')
         if offload.get("ratio", 1.0) != 1.0:
             _refuse(f"zero_optimization.{key}.ratio below 1", "leave it at 1")
+    if (zero.get("offload_optimizer") or {}).get("super_offload"):
+        _refuse("zero_optimization.offload_optimizer.super_offload", "remove it")
     if zero.get("zenflow"):
         _refuse("zero_optimization.zenflow", "remove it")
     if zero.get("zero_quantized_nontrainable_weights"):
@@ -75,6 +77,12 @@ def _refuse(feature: str, remedy: str) -> None:
 def inner_config(config: Mapping[str, Any], rso: RSOConfig) -> dict[str, Any]:
     """The JSON that DeepSpeed itself gets: the RSO block replaced by the solver of the subproblem, so that
     DeepSpeed chooses its implementation (FusedAdam, CPUAdam, torch) as for any other training."""
+    offload = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
+    if offload != "none" and (rso.solver == "sgd" or rso.torch_adam):
+        raise RSOUnsupportedError(
+            "zero_optimization.offload_optimizer needs DeepSpeed's CPU Adam: use solver adamw or adam, and"
+            " 'torch_adam': false."
+        )
     inner = copy.deepcopy(dict(config))
     params: dict[str, Any] = {"lr": rso.lr, "weight_decay": 0.0}
     if rso.solver == "sgd":

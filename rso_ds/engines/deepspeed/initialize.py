@@ -9,13 +9,15 @@ from functools import wraps
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 
 from rso_ds.comm.counter import GradientBytes
-from rso_ds.engines.deepspeed.attach import attach
+from rso_ds.engines.deepspeed.attach import agree_on_setup, attach
 from rso_ds.engines.deepspeed.ds_json import (
     RSO_TYPE,
     inner_config,
@@ -84,6 +86,13 @@ def initialize(
     _, where = layer_groups(converted, groups)
     table = summary_table(model, rso)  # before ZeRO takes the parameters apart
 
+    accelerator = get_accelerator()
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    agree_on_setup(converted, rso, torch.device(accelerator.current_device_name()))
     if getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # the solver's configuration takes its place

@@ -53,6 +53,7 @@ class Stage3Shards(ReplicatedShards):
         else:
             with gathered([layer.B]):
                 rows_of_b = layer.B.detach()[top:bottom].to(P.device).clone()
+        self._drop_secondary(weight)
         if start == stop:
             return
         shard = weight.ds_tensor[: stop - start]
@@ -65,7 +66,6 @@ class Stage3Shards(ReplicatedShards):
         else:
             merged = self.weight_masters.merge(name, rows, rows_of_b, P, decay)
         shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[mine])
-        self._drop_secondary(weight)
 
     def zero(self, layer: RSOLinear) -> None:
         _, b, _ = _zero_params(layer)
