@@ -27,7 +27,8 @@ class Corpus:
     """A source of documents with a held-out part.
 
     ``source``: "stdlib" (the source code of the installed Python standard library), a text, jsonl(.xz, .gz,
-    .zst) or parquet file, a folder of such files, or a hub dataset "org/name". In a folder, files named
+    .zst) or parquet file, a folder of such files, or a hub dataset "org/name" or
+    "org/name:subset", of which the whole train split is read. In a folder, files named
     train.* and valid.* (or validation, val, dev) are the two parts; otherwise ``held_out`` of the documents,
     chosen by their content, are held out; of fewer than 500 documents, the end of each.
     ``held_out_source`` overrides.
@@ -174,7 +175,8 @@ def _hub_documents(name: str, key: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split="train", streaming=True)
+        repository, _, subset = name.partition(":")
+        rows = load_dataset(repository, subset or None, split="train", streaming=True)
     except Exception as error:
         raise RSOConfigError(f"--data {name}: no such file, and the hub cannot give it: {error}") from None
     for row in rows:

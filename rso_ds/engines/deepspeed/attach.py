@@ -131,13 +131,8 @@ def _hook_load(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> Non
 
     @wraps(inner)
     def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if tag is None:
-            latest = Path(load_dir) / "latest"
-            if not latest.is_file():
-                raise RSOCheckpointError(f"{latest} does not exist: there is no checkpoint to load, or name its tag.")
-            tag = latest.read_text().strip()
-        folder = os.path.join(load_dir, str(tag))
-        state = _read_on_rank_zero(folder)
+        tag, state = _read_on_rank_zero(Path(load_dir), tag)
+        folder = os.path.join(load_dir, tag)
         boundary.check_state(state, folder)
         if masters is not None:
             masters.rows = {}
@@ -153,13 +148,20 @@ def _hook_load(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> Non
     engine.load_checkpoint = load_checkpoint
 
 
-def _read_on_rank_zero(folder: str) -> dict[str, Any]:
-    """Rank 0 reads (nodes need not share a disk for it), every rank gets the state or the error."""
+def _read_on_rank_zero(load_dir: Path, tag: Any) -> tuple[str, dict[str, Any]]:
+    """(tag, RSO's state): rank 0 reads, every rank gets the same answer or the same error."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            box[0] = read_state(folder)
-        except RSOCheckpointError as error:
+            if tag is None:
+                latest = load_dir / "latest"
+                if not latest.is_file():
+                    raise RSOCheckpointError(
+                        f"{latest} does not exist: there is no checkpoint to load, or name its tag."
+                    )
+                tag = latest.read_text().strip()
+            box[0] = (str(tag), read_state(load_dir / str(tag)))
+        except (RSOCheckpointError, OSError) as error:
             box[0] = str(error)
     dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], str):
