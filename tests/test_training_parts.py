@@ -17,7 +17,6 @@ from rso_ds.training.corpus import Corpus, _hub_documents
 from rso_ds.training.dataset import PackedTokens, token_file
 from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
 from rso_ds.training.loop import main
-from rso_ds.training.models import LLAMA_SHAPES, llama_config, load_model
 from rso_ds.training.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -353,39 +352,6 @@ def test_a_step_sees_the_same_data_at_any_world_size(packed, accumulation, world
 def test_sequences_longer_than_the_data_are_refused(packed, tmp_path):
     with pytest.raises(RSOConfigError, match="--seq-len 2000 is longer than the data: train part has 1003 tokens"):
         PackedTokens(tmp_path / "tokens-x-train.npy", 2000)
-
-
-# -- models --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [("llama-9m", 9), ("llama-20m", 20), ("llama-35m", 35), ("llama-60m", 58), ("llama-130m", 134),
-     ("llama-350m", 368), ("llama-1b", 1339), ("llama-7b", 6738)],
-)  # fmt: skip
-def test_named_shapes_have_the_benchmark_sizes(name, millions):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    assert name in LLAMA_SHAPES
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(llama_config(name))
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("llama-9b", "Did you mean 'llama-9m'"), ("./nowhere", "no such shape, folder or hub name")],
-)
-def test_unknown_models(name, message):
-    with pytest.raises(RSOConfigError, match=message):
-        load_model(name, 100, 16)
-
-
-def test_folder_with_too_few_embeddings(tmp_path):
-    llama_config("llama-9m", vocab_size=50).save_pretrained(tmp_path)
-    with pytest.raises(RSOConfigError, match="has 50 embeddings and the tokenizer 100 tokens"):
-        load_model(str(tmp_path), 100, 16)
 
 
 # -- errors end the command before any rank starts -----------------------------------------------------
