@@ -40,11 +40,11 @@ def largest(a, b):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_follows_the_reference(results, stage):
-    """Measured: 6e-3 in the loss, the same at every stage to the bit (bf16 keeps 8 bits: 4e-3 relative)."""
+    """Measured: 1.7e-3 in the loss, the same at every stage to the bit."""
     got = results[f"bf16-zero{stage}"]
     assert got["p_dtypes"] == ["torch.bfloat16"]
     assert got["draw"] == 4
-    assert largest(got["losses"], reference(range(STEPS)).losses) < 2e-2
+    assert largest(got["losses"], reference(range(STEPS)).losses) < 6e-3
     assert largest(got["losses"], results["bf16-zero2"]["losses"]) < 1e-6
 
 
@@ -58,7 +58,7 @@ def test_bf16_with_other_optimizer_wrappers(results, job):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stochastic_rounding(results, stage):
     got = results[f"bf16-zero{stage}-stochastic"]
-    assert largest(got["losses"], reference(range(STEPS)).losses) < 2e-2
+    assert largest(got["losses"], reference(range(STEPS)).losses) < 6e-3
     nearest = results[f"bf16-zero{stage}"]["weights"]
     assert any(not torch.equal(nearest[n], w) for n, w in got["weights"].items())
     if stage < 3:  # replicas round alike, so the stages agree; ZeRO-3 rounds other pieces
@@ -74,14 +74,14 @@ def test_fp32_masters_follow_the_reference(results, ranks, stage):
         assert sum(share[layer][0] for share in shares) >= weight.shape[0]
     assert results[f"bf16-zero{stage}"]["master_rows"] == {}
     got = results[f"bf16-zero{stage}-masters"]
-    assert largest(got["losses"], reference(range(STEPS), 85).losses) < 2e-2
+    assert largest(got["losses"], reference(range(STEPS), 85).losses) < 6e-3
     for name, weight in results["bf16-zero0-masters"]["weights"].items():
         torch.testing.assert_close(got["weights"][name], weight, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_gpt2_trains_like_the_reference(results, stage):
-    """Conv1D weights, tied embeddings, biases. Measured: 1e-6 in the loss, 5e-6 in a weight."""
+    """Conv1D weights, tied embeddings, biases. Measured: 2e-7 in a weight, nothing in the (fp32) loss."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     got = results[f"gpt2-zero{stage}"]
@@ -99,10 +99,10 @@ def test_gpt2_trains_like_the_reference(results, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_torch_autocast(results, stage):
-    """Parameters and merge in fp32, matrix products in bf16. Measured: 4e-3."""
+    """Parameters and merge in fp32, matrix products in bf16. Measured: 1.2e-3."""
     got = results[f"autocast-zero{stage}"]
     assert got["p_dtypes"] == ["torch.float32"]
-    assert largest(got["losses"], reference(range(STEPS)).losses) < 1e-2
+    assert largest(got["losses"], reference(range(STEPS)).losses) < 5e-3
 
 
 @pytest.mark.parametrize("job", [*(f"fp16-zero{s}" for s in STAGES), "fp16-zero0-fused"])
@@ -115,7 +115,7 @@ def test_overflowed_fp16_steps_do_not_count(results, job):
     got = results[job]
     kept = [i for i in range(STEPS) if i not in FORCED]
     assert (got["skipped"], got["applied"], got["draw"]) == (len(FORCED), len(kept), len(kept) // 3)
-    assert largest([got["losses"][i] for i in kept], reference(kept).losses) < 2e-3
+    assert largest([got["losses"][i] for i in kept], reference(kept).losses) < 1e-3
 
 
 @pytest.mark.parametrize(
