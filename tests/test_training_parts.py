@@ -198,6 +198,9 @@ def test_folder_with_named_parts(tmp_path):
     corpus = Corpus(str(tmp_path))
     assert list(corpus.documents("train")) == ["train"]
     assert list(corpus.documents("held_out")) == ["valid"]
+    corpus = Corpus(str(tmp_path), held_out_source=str(tmp_path / "test.jsonl"))
+    assert list(corpus.documents("train")) == ["train"]
+    assert list(corpus.documents("held_out")) == ["test"]
 
 
 def test_one_plain_text_holds_out_its_end(tmp_path):

@@ -47,11 +47,12 @@ class Corpus:
         self.files = _files_of(source)
         self.held_out_source = held_out_source
         self.held_out_files = _files_of(held_out_source, "--val-data") if held_out_source else None
-        if held_out_source is None and self.files is not None and source != STDLIB:
+        if self.files is not None and source != STDLIB:
             named = [f for f in self.files if f.name.split(".")[0] in _HELD_OUT]
             train = [f for f in self.files if f.name.split(".")[0] in _TRAIN]
-            if named and train:
-                self.files, self.held_out_files = train, named
+            if train and (named or held_out_source is not None):
+                self.files = train  # never the folder's valid.* or test.*
+                self.held_out_files = self.held_out_files if held_out_source is not None else named
 
     def fingerprint(self) -> str:
         """Changes when a file or the split does; names the cached tokens."""
