@@ -149,7 +149,7 @@ class Boundary:
             first_weight = named[members[id(subspace)][0]][1].weight
             p_old = subspace.projection(self.shards.device, first_weight.dtype)
             p_new = subspace.sample(self.draw + 1, self.shards.device, first_weight.dtype)
-            turn = rotation(p_old, p_new) if self._carry_over.needs_rotation else None
+            turn = rotation(p_old, p_new, subspace.in_features) if self._carry_over.needs_rotation else None
             for i in members[id(subspace)]:
                 name, layer = named[i]
                 self.shards.merge(name, layer, p_old, self._decay[i], rounding)

@@ -21,6 +21,8 @@ CARRY_OVER_RULES = ("reset", "keep_second", "row_mean_second", "project")
 SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
 MERGE_ROUNDINGS = ("nearest", "stochastic")
 MASTER_WEIGHTS = ("none", "device", "cpu")
+SHARED_PROJECTIONS = ("input", "shape")
+LEAN_PIECES = ("shared_input", "norm", "activation", "loss", "liger")
 AUTO = "auto"
 DEFAULT_RANK_RATIO = 0.25
 
@@ -65,6 +67,14 @@ class RSOConfig:
     )
     dense: str | Sequence[str] = _key(
         "all", "Other parameters to train densely: 'all', 'none', or a list of name suffixes or glob patterns."
+    )
+    share_projection: str = _key(
+        "input",
+        "Which layers have one P: 'input', those fed the same tensor; 'shape', all of equal input size and rank.",
+    )
+    lean: str | Sequence[str] = _key(
+        "all",
+        f"Exact savings of activation memory: 'all' that the model has, 'none', or a list of {LEAN_PIECES}.",
     )
     seed: int = _key(0, "Seed of every P. Ranks and resumed runs must agree on it.")
     merge_rounding: str = _key(
@@ -113,6 +123,10 @@ class RSOConfig:
                 f"'carry_over': {self.carry_over!r} keeps a second moment and 'solver': 'sgd' has none:"
                 " set 'carry_over' to 'reset' or 'project'."
             )
+        _choice("share_projection", self.share_projection, SHARED_PROJECTIONS)
+        object.__setattr__(self, "lean", _patterns("lean", self.lean, ("all", "none")))
+        for piece in () if isinstance(self.lean, str) else self.lean:
+            _choice("lean", piece, LEAN_PIECES)
         object.__setattr__(self, "targets", _patterns("targets", self.targets, ("default", "all-linear")))
         object.__setattr__(self, "dense", _patterns("dense", self.dense, ("all", "none")))
 

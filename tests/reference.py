@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rso_ds.subspace import sample_projection
+from rso_ds.subspace import dense_projection, sample_projection
 
 
 @dataclass
@@ -75,10 +75,12 @@ def train(
     draw = 0
 
     def projections(k: int) -> dict[str, Tensor]:
-        return {
-            layer: sample_projection(s.sampler, s.seed, g, k, W[layer].shape[1], s.rank).double()
-            for layer, g in group_of.items()
-        }
+        P = {}
+        for layer, g in group_of.items():
+            in_features = W[layer].shape[1]
+            P[layer] = sample_projection(s.sampler, s.seed, g, k, in_features, s.rank)
+            P[layer] = dense_projection(P[layer], in_features).double()
+        return P
 
     P = projections(draw)
     result = Result()

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from rso_ds.config import SAMPLERS
-from rso_ds.subspace import projection_seed, sample_projection
+from rso_ds.subspace import dense_projection, projection_seed, sample_projection
 
 IN, RANK, DRAWS = 12, 4, 4000
 
 
 def draw(sampler, k, in_features=IN, rank=RANK, seed=0, name="g"):
-    return sample_projection(sampler, seed, name, k, in_features, rank)
+    return dense_projection(sample_projection(sampler, seed, name, k, in_features, rank), in_features).float()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -14,7 +14,9 @@ from rso_ds.errors import RSOConversionError
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.merge import merged_weight
 from rso_ds.layers.partitioned import full_shape, gathered
+from rso_ds.layers.shared_input import SharedInput
 from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
+from rso_ds.lean import apply_lean, remove_lean
 from rso_ds.subspace import Subspace
 
 
@@ -40,8 +42,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     """Replace, in place, the layers that ``config.targets`` selects by ``RSOLinear``.
 
     W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
-    the layer's name. Layers whose weight the caller has frozen stay as they are. Works on plain models,
-    on the meta device, and on models built under ``deepspeed.zero.Init``.
+    the layer's name. The rest of the block becomes lean as ``config.lean`` says (``rso_ds.lean``). Layers
+    whose weight the caller has frozen stay as they are. Works on plain models, on the meta device, and on
+    models built under ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
     layer's smaller side, or a target's weight is tied to another parameter's use.
@@ -57,21 +60,19 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     shapes = {name: _linear_shape(model.get_submodule(name)) for name in names}
     groups = [(members, _rank(members, shapes, config)) for members in _groups(names, shapes)]
     _select_dense(model, config, names)
+    pieces = config.lean if isinstance(config.lean, str) else [p for p in config.lean if p != "shared_input"]
+    apply_lean(model, pieces, skip=[model.get_submodule(n) for n in names])
     # Nothing above changed a layer: a refused model is as it was.
     layers: dict[str, RSOLinear] = {}
     replaced: dict[int, nn.Parameter] = {}
     originals: list[nn.Parameter] = []
+    subspaces: dict[str, Subspace] = {}
     for members, rank in groups:
-        subspace = Subspace(
-            name="+".join(members),
-            in_features=shapes[members[0]][1],
-            rank=rank,
-            sampler=config.sampler,
-            seed=config.seed,
-        )
+        subspace = _subspace(subspaces, members, shapes[members[0]][1], rank, config)
+        shared = _shared_input(model, members, config)
         for name in members:
             old = model.get_submodule(name)
-            layers[name] = layer = _replacement(old, shapes[name], subspace)
+            layers[name] = layer = _replacement(old, shapes[name], subspace, shared)
             originals.append(old.weight)  # type: ignore[arg-type]
             replaced[id(old.weight)] = layer.B
             _put(model, old, layer)
@@ -115,9 +116,11 @@ def dense_layer(layer: RSOLinear) -> nn.Module:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Turn every RSO layer of ``model`` back, in place, with a trainable weight."""
+    """Turn every RSO layer of ``model`` back, in place, with a trainable weight, and undo ``lean``."""
     for _, layer in list(rso_layers(model)):
+        layer.shared_input.detach()
         _put(model, layer, dense_layer(layer))
+    remove_lean(model)
     return model
 
 
@@ -151,13 +154,30 @@ def _rank(members: list[str], shapes: dict[str, tuple[int, int]], config: RSOCon
     return config.rank
 
 
-def _replacement(old: nn.Module, shape: tuple[int, int], subspace: Subspace) -> RSOLinear:
+def _subspace(
+    found: dict[str, Subspace], members: list[str], in_features: int, rank: int, config: RSOConfig
+) -> Subspace:
+    name = f"in={in_features},rank={rank}" if config.share_projection == "shape" else "+".join(members)
+    if name not in found:
+        found[name] = Subspace(name, in_features, rank, config.sampler, config.seed)
+    return found[name]
+
+
+def _shared_input(model: nn.Module, members: list[str], config: RSOConfig) -> SharedInput:
+    if len(members) == 1 or not (config.lean == "all" or "shared_input" in config.lean):
+        return SharedInput(1)
+    shared = SharedInput(len(members))
+    shared.forget_after(model.get_submodule(members[0].rpartition(".")[0]))
+    return shared
+
+
+def _replacement(old: nn.Module, shape: tuple[int, int], subspace: Subspace, shared: SharedInput) -> RSOLinear:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     conv1d = is_conv1d(old)
     if conv1d:
         with torch.no_grad(), gathered([weight]):
             weight = nn.Parameter(weight.detach().t().contiguous())
-    layer = RSOLinear(weight, old.bias, shape[1], shape[0], subspace, conv1d)  # type: ignore[arg-type]
+    layer = RSOLinear(weight, old.bias, shape[1], shape[0], subspace, shared, conv1d)  # type: ignore[arg-type]
     layer.train(old.training)
     return layer
 

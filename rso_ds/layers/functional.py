@@ -1,7 +1,8 @@
-"""What a layer computes: y = x W^T + (x P) B^T + b, keeping x P instead of x for backward.
+"""What a layer computes: y = x W^T + z B^T + b with z = x P, keeping z instead of x for backward.
 
 Paper (arXiv 2502.07222, section 4): Z = Y (W + P B) with Y [tokens, in], W [in, out], B [r, out].
-Here everything is in PyTorch's layout: ``weight`` is the transpose [out, in], ``B`` is [out, r].
+Here everything is in PyTorch's layout: ``weight`` is the transpose [out, in], ``B`` is [out, r]. z is a
+an output beside y, so that layers with one input compute and keep it once.
 """
 
 from __future__ import annotations
@@ -12,57 +13,102 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rso_ds.dtypes import compute_dtype
+from rso_ds.subspace import add_lifted_, lift, project
 
-class _SubspaceLinear(torch.autograd.Function):
+
+def _forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, B: Tensor, P: Tensor | None, bias: Any) -> Any:
     # Plain matmul instead of F.linear: DeepSpeed ZeRO-3 replaces F.linear process-wide by a version
     # that keeps its input even when the weight is frozen.
+    dtype = compute_dtype(x)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    if z is None:
+        assert P is not None
+        z = project(rows, P)
+    w_t = weight.to(dtype).t()
+    y = rows @ w_t if bias is None else torch.addmm(bias.to(dtype), rows, w_t)
+    y.addmm_(z, B.to(dtype).t())
+    # The parameters themselves are saved, not low-precision copies: ZeRO-3 frees their storage after
+    # forward and gathers it again for backward, and autocast would otherwise keep a second W alive.
+    ctx.save_for_backward(z, weight, B, P)
+    ctx.set_materialize_grads(False)
+    ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+    return y.view(*x.shape[:-1], y.shape[-1]), z
+
+
+class _SubspaceLinear(torch.autograd.Function):
+    """(x, W, B, P, b) -> (y, z); z is an output so that other layers with this x can use it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, B: Tensor, P: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        dtype = _compute_dtype(x)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        z = rows @ P.to(dtype)
-        w_t = weight.to(dtype).t()
-        y = rows @ w_t if bias is None else torch.addmm(bias.to(dtype), rows, w_t)
-        y.addmm_(z, B.to(dtype).t())
-        # The parameters themselves are saved, not low-precision copies: ZeRO-3 frees their storage after
-        # forward and gathers it again for backward, and autocast would otherwise keep a second W alive.
-        ctx.save_for_backward(z, weight, B, P)
-        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(ctx, x, None, weight, B, P, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, weight, B, P = ctx.saved_tensors
         dtype = z.dtype
-        dy = grad_y.reshape(-1, grad_y.shape[-1]).to(dtype)
         dx = d_b = d_bias = None
+        if grad_y is not None:
+            dy = grad_y.reshape(-1, weight.shape[0]).to(dtype)
+            d_b = (dy.t() @ z).to(B.dtype) if ctx.needs_input_grad[2] else None
+            d_bias = dy.sum(0) if ctx.needs_input_grad[4] else None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dtype)
-            dx.addmm_(dy @ B.to(dtype), P.to(dtype).t())
-            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
-        if ctx.needs_input_grad[2]:
-            d_b = (dy.t() @ z).to(B.dtype)
-        if ctx.needs_input_grad[4]:
-            d_bias = dy.sum(0)
+            if grad_y is not None:
+                dz = dy @ B.to(dtype) if grad_z is None else torch.addmm(grad_z, dy, B.to(dtype))
+                dx = add_lifted_(dy @ weight.to(dtype), dz, P)
+            elif grad_z is not None:
+                dx = lift(grad_z, P, weight.shape[1])
+            dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
         return dx, None, d_b, None, d_bias
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+class _SharingLinear(torch.autograd.Function):
+    """(x, z, W, B, b) -> y, with the z of the layer that was called first with this x."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, z: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return _forward(ctx, x, z, weight, B, None, bias)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_y is None:
+            return None, None, None, None, None
+        z, weight, B, _ = ctx.saved_tensors
+        dtype = z.dtype
+        dy = grad_y.reshape(-1, weight.shape[0]).to(dtype)
+        want_x, want_z, _, want_b, want_bias = ctx.needs_input_grad
+        return (
+            (dy @ weight.to(dtype)).to(ctx.x_dtype).view(ctx.x_shape) if want_x else None,
+            dy @ B.to(dtype) if want_z else None,
+            None,
+            (dy.t() @ z).to(B.dtype) if want_b else None,
+            dy.sum(0) if want_bias else None,
+        )
+
+
+def subspace_linear_and_z(
+    x: Tensor, weight: Tensor, B: Tensor, P: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(x W^T + z B^T + bias, z)`` with z = x P; differentiable once in x, B and bias, W and P are constants.
+
+    Shapes: x [..., in], weight [out, in], B [out, r], P [in, r] or coordinates [r], bias [out] or None;
+    returns [..., out] and [tokens, r], computed in x's dtype, or in autocast's where autocast is on. Kept
+    for backward: z, and references to weight, B and P; never x.
+    """
+    return _SubspaceLinear.apply(x, weight, B, P, bias)
+
+
+def sharing_linear(x: Tensor, z: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + z B^T + bias`` with the z [tokens, r] that ``subspace_linear_and_z`` gave for the same x."""
+    return _SharingLinear.apply(x, z, weight, B, bias)
 
 
 def subspace_linear(x: Tensor, weight: Tensor, B: Tensor, P: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + (x P) B^T + bias``, differentiable once in x, B and bias; W and P are constants.
-
-    Shapes: x [..., in], weight [out, in], B [out, r], P [in, r], bias [out] or None; returns [..., out].
-    Computes in x's dtype, or in the autocast dtype where autocast is on. Kept for backward: x P
-    [tokens, r] in the compute dtype, and references to weight, B and P; never x.
-    """
-    return _SubspaceLinear.apply(x, weight, B, P, bias)
+    """``x W^T + (x P) B^T + bias`` of a layer that shares its input with no other."""
+    return subspace_linear_and_z(x, weight, B, P, bias)[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rso_ds.layers.functional import subspace_linear
+from rso_ds.layers.functional import sharing_linear, subspace_linear_and_z
+from rso_ds.layers.shared_input import SharedInput
 from rso_ds.subspace import Subspace
 
 
@@ -16,7 +17,7 @@ class RSOLinear(nn.Module):
         weight [out, in]: W, frozen; only a subspace boundary changes it.
         B [out, rank]: trainable, 0 at the start of every subspace.
         bias [out] or None: trained densely.
-    ``subspace`` holds P [in, rank] and is shared by the layers of a group.
+    ``subspace`` holds P [in, rank]; ``shared_input`` serves the layers that are fed the same x.
     ``conv1d`` records that the layer was a transformers ``Conv1D`` (weight stored [in, out] there).
     """
 
@@ -29,12 +30,14 @@ class RSOLinear(nn.Module):
         in_features: int,
         out_features: int,
         subspace: Subspace,
+        shared_input: SharedInput | None = None,
         conv1d: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.subspace = subspace
+        self.shared_input = SharedInput(1) if shared_input is None else shared_input
         self.conv1d = conv1d
         self.weight = weight
         self.weight.requires_grad_(False)
@@ -44,7 +47,12 @@ class RSOLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         p = self.subspace.projection(self.weight.device, self.weight.dtype)
-        return subspace_linear(x, self.weight, self.B, p, self.bias)
+        z = self.shared_input.take(x, p)
+        if z is not None:
+            return sharing_linear(x, z, self.weight, self.B, self.bias)
+        y, z = subspace_linear_and_z(x, self.weight, self.B, p, self.bias)
+        self.shared_input.put(x, p, z)
+        return y
 
     def extra_repr(self) -> str:
         return (

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rso_ds.subspace import add_lifted_
+
 
 def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0) -> Tensor:
     """``decay * weight + B P^T`` in fp32 (fp64 if the weight is).
 
-    Shapes: weight [rows, in], B [rows, r], P [in, r], all on one device; any subset of rows will do.
+    Shapes: weight [rows, in], B [rows, r], P [in, r] or coordinates [r], all on one device; any subset of
+    rows will do.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(dtype), B.to(dtype), P.to(dtype).t(), beta=decay)
+    return add_lifted_(weight.to(dtype, copy=True), B.to(dtype), P, beta=decay)
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from rso_ds.subspace import overlap
 
 Rule = Callable[[Tensor, Tensor | None, Tensor | None], None]
 
@@ -59,12 +60,10 @@ CARRY_OVER: dict[str, CarryOver] = {
 }
 
 
-def rotation(P_old: Tensor, P_new: Tensor) -> Tensor:
+def rotation(P_old: Tensor, P_new: Tensor, in_features: int) -> Tensor:
     """[r, r] matrix (r/in) P_old^T P_new that takes a moment from the old basis to the new one.
 
     With P = sqrt(in/r) Q it equals Q_old^T Q_new: the moment is lifted to W's space by the orthogonal
     projection, not by the unbiased but r/in times longer P P^T, so that no norm grows.
     """
-    in_features, rank = P_old.shape
-    dtype = torch.promote_types(P_old.dtype, torch.float32)
-    return (P_old.to(dtype).t() @ P_new.to(dtype)) * (rank / in_features)
+    return overlap(P_old, P_new, in_features)

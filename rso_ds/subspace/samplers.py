@@ -35,10 +35,7 @@ def _gaussian(generator: torch.Generator, in_features: int, rank: int, device: t
 
 
 def _coordinate(generator: torch.Generator, in_features: int, rank: int, device: torch.device) -> Tensor:
-    chosen = torch.randperm(in_features, generator=generator, device="cpu")[:rank].to(device)
-    p = torch.zeros(in_features, rank, dtype=torch.float32, device=device)
-    p[chosen, torch.arange(rank, device=device)] = math.sqrt(in_features / rank)
-    return p
+    return torch.randperm(in_features, generator=generator, device="cpu")[:rank].clone().to(device)
 
 
 _SAMPLERS: dict[str, Callable[[torch.Generator, int, int, torch.device], Tensor]] = {
@@ -58,14 +55,14 @@ def sample_projection(
     rank: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """P [in_features, rank] in fp32 on ``device``.
+    """P on ``device``: [in_features, rank] in fp32, or its coordinates, int64 [rank], for ``coordinate``.
 
     The random numbers always come from the CPU generator, so they do not depend on the device; the
     orthogonalisation of ``haar`` runs on ``device`` and agrees between equal devices bit for bit.
 
     Scaling: ``haar`` P = sqrt(in/rank) Q, so P^T P = (in/rank) I exactly (RSO, assumption on P;
     arXiv 2502.07222, section 5); ``gaussian`` entries N(0, 1/rank); ``coordinate`` sqrt(in/rank) times
-    distinct columns of the identity.
+    distinct columns of the identity, stored as their indices (``rso_ds.subspace.projection``).
     """
     generator = torch.Generator(device="cpu").manual_seed(projection_seed(seed, name, draw))
     return _SAMPLERS[sampler](generator, in_features, rank, torch.device(device))

@@ -1,15 +1,16 @@
-"""The current subspace of a group of layers that read the same input."""
+"""The current subspace of the layers that share one P."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rso_ds.subspace.projection import is_coordinates
 from rso_ds.subspace.samplers import sample_projection
 
 
 class Subspace:
-    """One P [in_features, rank], shared by the layers of a group, and the index of its draw.
+    """One P [in_features, rank], shared by some layers, and the index of its draw.
 
     P is neither a Parameter nor a buffer: engines broadcast, cast and save those, while P is remade
     from (seed, name, draw) wherever it is needed. It is made on first use, in the dtype of the weights
@@ -26,9 +27,9 @@ class Subspace:
         self.P: Tensor | None = None
 
     def sample(self, draw: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """P [in_features, rank] of any draw, without changing the current one."""
+        """P of any draw, without changing the current one: [in, rank] in ``dtype``, or coordinates [rank]."""
         p = sample_projection(self.sampler, self.seed, self.name, draw, self.in_features, self.rank, device)
-        return p.to(dtype)
+        return p if is_coordinates(p) else p.to(dtype)
 
     @torch.compiler.disable
     def _materialize(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -38,9 +39,9 @@ class Subspace:
         return self.P
 
     def projection(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The current P on ``device`` in ``dtype``, drawn if it is not there yet."""
+        """The current P on ``device`` in ``dtype`` (or its coordinates), drawn if it is not there yet."""
         p = self.P
-        if p is None or p.device != device or p.dtype != dtype:
+        if p is None or p.device != device or (p.dtype != dtype and not is_coordinates(p)):
             p = self._materialize(device, dtype)
         return p
 
