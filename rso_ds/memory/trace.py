@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,35 +26,30 @@ from rso_ds.memory.kept import Kept, KeptRecorder
 class Trace:
     """Bytes of one forward and backward pass of a causal language model with its loss.
 
-    ``inside`` are the storages first saved inside a transformer block, ``outside`` all others (loss,
-    embedding, last norm, rotary tables). ``block_input`` is the size of the hidden states between blocks.
-    ``peak`` is the most that was alive at once, beyond parameters and their gradients.
+    ``inside`` are the storages first saved inside the ``traced`` transformer blocks, of which the model has
+    ``blocks``; ``outside`` all others (loss, embedding, last norm, rotary tables). ``block_input`` is the
+    size of the hidden states between blocks. ``working`` is what the pass needs for a moment beyond what it
+    keeps, parameters and their gradients: temporaries, the block being recomputed.
     """
 
     inside: list[Kept]
     outside: list[Kept]
     blocks: int
+    traced: int
     block_input: int
-    peak: int = 0
+    working: int = 0
     checkpointing: bool = False
-
-    @property
-    def kept(self) -> int:
-        """Bytes kept between forward and backward."""
-        outside = sum(e.nbytes for e in self.outside)
-        if self.checkpointing:
-            return outside + self.blocks * self.block_input
-        return outside + sum(e.nbytes for e in self.inside)
 
     @property
     def per_block(self) -> float:
         """Bytes one block keeps, without gradient checkpointing."""
-        return sum(e.nbytes for e in self.inside) / max(1, self.blocks)
+        return sum(e.nbytes for e in self.inside) / max(1, self.traced)
 
     @property
-    def working(self) -> int:
-        """What the pass needs for a moment beyond what it keeps: temporaries, the block being recomputed."""
-        return max(0, self.peak - self.kept)
+    def kept(self) -> int:
+        """Bytes kept between forward and backward."""
+        block = self.block_input if self.checkpointing else self.per_block
+        return sum(e.nbytes for e in self.outside) + round(self.blocks * block)
 
 
 def trace_training(
@@ -63,13 +58,16 @@ def trace_training(
     seq_len: int,
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
+    blocks: int | None = None,
 ) -> Trace:
     """Trace one training step of the causal language model that ``build()`` returns, without its update.
 
-    ``build`` runs under fake tensors, so it may make a model of any size; it also converts it.
+    ``build`` runs under fake tensors, so it may make a model of any size; it also converts it. If it makes
+    one with fewer blocks than the model really has, ``blocks`` is the real number.
     """
-    with FakeTensorMode(), _no_materialised_mask():
+    with FakeTensorMode(), ExitStack() as stack:
         model = build().train()
+        stack.enter_context(_no_materialised_mask())  # only now: building imports the model's module
         ids = torch.zeros(batch, seq_len, dtype=torch.long)
 
         def forward() -> Tensor:
@@ -85,24 +83,43 @@ def trace_training(
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         with LiveBytes() as live, _gradients_dropped(model):
             forward().backward()
-        return split(model, recorder.entries, batch * seq_len, live.peak, checkpointing)
+        found = split(model, recorder.entries, batch * seq_len, checkpointing)
+        working = max(0, live.peak - found.kept)
+        return replace(found, working=working, blocks=found.traced if blocks is None else blocks)
 
 
-def split(model: nn.Module, entries: list[Kept], tokens: int, peak: int = 0, checkpointing: bool = False) -> Trace:
-    """``entries`` sorted into those of the transformer blocks and the rest."""
+def split(model: nn.Module, entries: list[Kept], tokens: int, checkpointing: bool = False) -> Trace:
+    """``entries`` sorted into those of the transformer blocks and the rest.
+
+    What only one block saves (rotary tables, made before the first and used by all) counts as outside.
+    """
     names = block_names(model)
-    inside = [e for e in entries if any(e.module == n or e.module.startswith(n + ".") for n in names)]
+    block_of = {id(e): n for e in entries for n in names if e.module == n or e.module.startswith(n + ".")}
+    found: dict[Any, set[str]] = {}
+    for e in entries:
+        if id(e) in block_of:
+            found.setdefault(_alike(e, block_of[id(e)]), set()).add(block_of[id(e)])
+    inside = [
+        e for e in entries if id(e) in block_of and (len(names) == 1 or len(found[_alike(e, block_of[id(e)])]) > 1)
+    ]
     ours = {id(e) for e in inside}
     outside = [e for e in entries if id(e) not in ours]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     config: Any = model.config
     block_input = tokens * config.hidden_size * embedding.weight.element_size()
-    return Trace(inside, outside, len(names), block_input, peak, checkpointing)
+    return Trace(inside, outside, len(names), len(names), block_input, checkpointing=checkpointing)
+
+
+def _alike(entry: Kept, block: str) -> tuple[Any, ...]:
+    """Equal for what equal blocks keep in the same place."""
+    return entry.module.removeprefix(block), entry.op, entry.shape, entry.dtype
 
 
 def block_names(model: nn.Module) -> list[str]:
     """Names of the transformer blocks: the items of the longest list of equal modules."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    lists = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
     if not lists:
         return []
     name, longest = max(lists, key=lambda item: len(item[1]))

@@ -56,6 +56,9 @@ class TrainArguments:
         "auto", "auto: bf16 on GPUs that have it, else fp32.", choices=("auto", "fp32", "bf16", "fp16")
     )
     gradient_checkpointing: bool = _flag(False, "Recompute each block in backward.")
+    profile_memory: bool = _flag(
+        False, "Measure the memory of the second step, beside the account's model; writes memory.json."
+    )
     seed: int = _flag(0, "Seed of the weights and of the order of the data.")
     output: str = _flag("runs/rso", "Folder of metrics, checkpoints and the final model.")
     cache: str = _flag("~/.cache/rso_ds", "Folder of trained tokenizers and token files.")

@@ -16,7 +16,11 @@ from torch import nn
 
 from rso_ds.checkpoint import save_dense
 from rso_ds.comm.counter import GradientBytes
+from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
+from rso_ds.memory.account import Account, Accountant, model_builder
+from rso_ds.memory.profile import StepProfiler, report
+from rso_ds.memory.states import Engine
 from rso_ds.training.arguments import TrainArguments, parse_arguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
@@ -241,12 +245,42 @@ class Job:
             step, self.accumulation, self.place.world_size, self.place.rank, self.micro
         ).to(self.place.device)
         total = 0.0
-        for micro in ids:
-            loss = self.engine(input_ids=micro, labels=micro, use_cache=False).loss
-            self.engine.backward(loss)
+        for i, micro in enumerate(ids):
+            if self.args.profile_memory and step == self.first_step + 1 and i == 0:
+                loss = self._profiled(micro)
+            else:
+                loss = self._forward(micro)
+                self.engine.backward(loss)
             self.engine.step()
             total += loss.item() / self.accumulation
         return total
+
+    def _forward(self, micro: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.engine(input_ids=micro, labels=micro, use_cache=False).loss
+        return loss
+
+    def _profiled(self, micro: torch.Tensor) -> torch.Tensor:
+        """One micro batch with its memory measured; rank 0 prints it beside the model and writes memory.json."""
+        profiler = StepProfiler(self.engine)
+        with profiler:
+            loss = profiler.forward(lambda: self._forward(micro))
+            self.engine.backward(loss)
+        if self.place.rank == 0:
+            text, details = report(profiler.result, self._account())
+            (self.output / "memory.json").write_text(json.dumps(details, indent=2))
+            self.display.say(text)
+        return loss
+
+    def _account(self) -> Account:
+        """What ``rso-ds memory`` says about this run."""
+        is_rso = hasattr(self.engine, "rso")
+        accountant = Accountant(
+            model_builder(self.engine.module.config),
+            self.engine.rso.config if is_rso else RSOConfig(),
+            Engine.from_json(self.ds_json, self.place.world_size),
+            self.args.gradient_checkpointing,
+        )
+        return accountant.account("rso" if is_rso else "adamw", self.micro, self.args.seq_len)
 
     def _evaluate(self) -> float:
         return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.place)

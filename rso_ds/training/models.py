@@ -42,17 +42,13 @@ def llama_config(name: str, vocab_size: int = 32000, seq_len: int = 2048, **spec
     )
 
 
-def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None = None) -> PreTrainedModel:
-    """A causal LM in fp32, random or pretrained.
+def model_config(name: str, vocab_size: int, seq_len: int) -> Any:
+    """The configuration of a key of ``LLAMA_SHAPES``, a folder with a ``config.json``, or a hub name.
 
-    ``name``: a key of ``LLAMA_SHAPES``, a folder with a ``config.json``, or a hub name. ``pretrained`` None
-    means: weights where the folder or hub repository has them. Raises ``RSOConfigError`` for an unknown
-    name, and if the tokenizer has more tokens than the model has embeddings.
+    Raises ``RSOConfigError`` for an unknown name or a model that is not a language model.
     """
     if name in LLAMA_SHAPES:
-        if pretrained:
-            raise RSOConfigError(f"--model {name} is a shape without weights: drop '--init pretrained'.")
-        return _random(llama_config(name, vocab_size, seq_len))
+        return llama_config(name, vocab_size, seq_len)
     folder = Path(name)
     if not folder.exists():
         near = difflib.get_close_matches(name, LLAMA_SHAPES, n=1)
@@ -67,17 +63,31 @@ def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None
         raise RSOConfigError(f"--model {name} cannot be loaded: {error}") from None
     if not hasattr(config, "vocab_size"):
         raise RSOConfigError(f"--model {name} ({config.model_type}) is not a language model.")
+    return config
+
+
+def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None = None) -> PreTrainedModel:
+    """A causal LM in fp32, random or pretrained; ``name`` as in ``model_config``.
+
+    ``pretrained`` None means: weights where the folder or hub repository has them. Raises
+    ``RSOConfigError`` for an unknown name, and if the tokenizer has more tokens than the model has embeddings.
+    """
+    config = model_config(name, vocab_size, seq_len)
+    if name in LLAMA_SHAPES:
+        if pretrained:
+            raise RSOConfigError(f"--model {name} is a shape without weights: drop '--init pretrained'.")
+        return _random(config)
     if config.vocab_size < vocab_size:
         raise RSOConfigError(
             f"--model {name} has {config.vocab_size} embeddings and the tokenizer {vocab_size} tokens: give the"
             " model's own tokenizer with --tokenizer."
         )
     if pretrained is None:
+        folder = Path(name)
         pretrained = not folder.exists() or any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir())
     if not pretrained:
         return _random(config)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return model
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 
 def _random(config: Any) -> PreTrainedModel:

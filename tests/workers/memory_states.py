@@ -1,0 +1,86 @@
+"""One rank: what live engines hold at each stage, beside what the account says they hold."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import deepspeed
+import tiny_llama
+import torch.distributed as dist
+
+import rso_ds
+from rso_ds.memory.account import Accountant, model_builder
+from rso_ds.memory.profile import StepProfiler
+from rso_ds.memory.states import Engine
+
+OUT = Path(sys.argv[1])
+BUCKET = 4096
+
+
+def cases():
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            yield f"zero{stage}-{precision}", stage, precision, {}, {}
+    yield "zero1-bf16-sgd", 1, "bf16", {"solver": "sgd", "carry_over": "reset"}, {}
+    yield "zero2-bf16-coordinate", 2, "bf16", {"sampler": "coordinate", "share_projection": "shape"}, {}
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    yield "zero2-bf16-offload", 2, "bf16", {"torch_adam": False}, offload
+    yield "zero3-bf16-masters", 3, "bf16", {"master_weights": "device"}, {}
+    yield "zero2-bf16-masters", 2, "bf16", {"master_weights": "cpu"}, {}
+
+
+def run(stage, precision, rso, zero):
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "RSO", "params": {"rank": 5, "interval": 2, "torch_adam": True, **rso}},
+        "zero_optimization": {
+            "stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, **zero,
+        },
+    }  # fmt: skip
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    model = tiny_llama.build(86)
+    engine, *_ = rso_ds.initialize(model=model, config=json.loads(json.dumps(config)))
+    engine.train()
+    for step in range(3):
+        ids = tiny_llama.tokens(step, 2)
+        if step == 2:
+            profiler = StepProfiler(engine)
+            with profiler:
+                loss = profiler.forward(lambda ids=ids: tiny_llama.loss_of(engine, ids))
+                engine.backward(loss)
+        else:
+            loss = tiny_llama.loss_of(engine, ids)
+            engine.backward(loss)
+        engine.step()
+    accountant = Accountant(
+        model_builder(model.config), engine.rso.config, Engine.from_json(config, dist.get_world_size())
+    )
+    account = accountant.account("rso", 2, tiny_llama.SEQ)
+    result = {
+        "measured": profiler.result.state,
+        "kept": profiler.result.kept_total,
+        "device": account.device,
+        "host": account.host,
+        "missing": account.missing,
+        "kept_model": account.trace.kept,
+    }
+    engine.destroy()
+    return result
+
+
+deepspeed.init_distributed("gloo")
+results = {}
+for name, *case in cases():
+    print("CASE", name, flush=True)
+    try:
+        results[name] = run(*case)
+    except Exception:
+        traceback.print_exc()
+        results[name] = {"error": traceback.format_exc()}
+if dist.get_rank() == 0:
+    (OUT / "memory.json").write_text(json.dumps(results))
+dist.barrier()
