@@ -183,6 +183,7 @@ def engines(tmp_path_factory):
 
 STATE_CASES = [f"zero{s}-{p}" for s in range(4) for p in ("fp32", "bf16")] + [
     "zero1-bf16-sgd", "zero2-bf16-coordinate", "zero2-bf16-offload", "zero3-bf16-masters", "zero2-bf16-masters",
+    "zero3-bf16-persistent",
 ]  # fmt: skip
 
 

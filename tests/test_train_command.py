@@ -64,9 +64,19 @@ def space(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(space):
-    done = space.run("full", "--deepspeed", "ds_configs/rso.json")
+    done = space.run("full", "--deepspeed", "ds_configs/rso.json", "--profile-memory")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def test_profile_memory_sets_measurement_beside_the_model(space, finished):
+    details = json.loads((space.folder / "full" / "memory.json").read_text())
+    rows = details["comparison"]
+    assert rows["kept for backward"]["measured"] == sum(details["kept_bytes"].values())
+    assert abs(rows["kept for backward"]["error"]) < 0.05
+    assert abs(rows["weights, P, solver state, masters"]["error"]) < 0.05
+    assert abs(rows["peak of the step"]["error"]) < 0.05
+    assert "kept for backward, by module and op" in finished.stdout
 
 
 def test_metrics_have_every_promised_key(space, finished):

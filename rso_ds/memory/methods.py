@@ -79,7 +79,7 @@ def _count_rso(model: nn.Module) -> Sizes:
         projection_bytes=p,
         largest_block=base.largest_block,
         block_trained=base.block_trained,
-        largest_parameter=base.largest_parameter,
+        numels=base.numels,
         w=sum(layer.weight.numel() for layer in layers),
     )
 
@@ -94,7 +94,7 @@ def _count_dense(model: nn.Module) -> Sizes:
         dense=sum(p.numel() for p in params if p.requires_grad),
         largest_block=sum(p.numel() for p in block),
         block_trained=sum(p.numel() for p in block if p.requires_grad),
-        largest_parameter=max(p.numel() for p in params),
+        numels=tuple(p.numel() for p in params),
     )
 
 

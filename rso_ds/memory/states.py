@@ -21,7 +21,7 @@ class Sizes:
     ``frozen``: W and whatever else does not train. ``subspace``: B of RSO, adapters of LoRA. ``dense``: all
     other trained parameters. ``projection_bytes``: P of every layer. ``solver``: elements of Adam's moments
     of one kind (equal to what trains, except for GaLore). ``largest_block``: parameters of one transformer
-    block, of which ``block_trained`` train; ``largest_parameter``: of one tensor.
+    block, of which ``block_trained`` train; ``numels``: of each tensor.
     """
 
     frozen: int
@@ -31,7 +31,7 @@ class Sizes:
     solver: int | None = None
     largest_block: int = 0
     block_trained: int = 0
-    largest_parameter: int = 0
+    numels: tuple[int, ...] = ()
     w: int = 0  # elements of RSO's W, of which ``master_weights`` keeps fp32 copies
 
     @property
@@ -55,6 +55,7 @@ class Engine:
     max_live: int = 1_000_000_000
     max_reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    persistence: int = 100_000
     overlap_comm: bool = False
     contiguous: bool = True
 
@@ -84,6 +85,7 @@ class Engine:
             prefetch_bucket=_integer(zero, "stage3_prefetch_bucket_size", 50_000_000),
             max_live=_integer(zero, "stage3_max_live_parameters", 1_000_000_000),
             max_reuse=_integer(zero, "stage3_max_reuse_distance", 1_000_000_000),
+            persistence=_integer(zero, "stage3_param_persistence_threshold", 100_000),
             sub_group=_integer(zero, "sub_group_size", 1_000_000_000),
             overlap_comm=stage == 3 if overlap in (None, "auto") else bool(overlap),
             contiguous=bool(zero.get("contiguous_gradients", True)),
@@ -143,6 +145,8 @@ def _zero(sizes: Sizes, engine: Engine, moments: int, places: dict[str, dict[str
         device["communication"] = buffers * e * engine.reduce_bucket
     else:
         device["gradients"] = 0 if states is host else e * trained // g
+        # Small parameters stay gathered between steps.
+        device["weights"] += e * sum(n for n in sizes.numels if n <= engine.persistence)
         device["communication"] = e * (engine.reduce_bucket + gathered_elements(sizes, engine))
     if states is device and e < 4:
         # Alive when the activations are gone: it takes more room only where it exceeds the buckets.
@@ -154,7 +158,7 @@ def gathered_elements(sizes: Sizes, engine: Engine) -> int:
     distance (forward, then backward) and what it prefetches, up to max_live; always the layer at work."""
     everything = sizes.frozen + sizes.trained
     wanted = min(everything, engine.max_live, engine.max_reuse // 2 + engine.prefetch_bucket)
-    return max(wanted, sizes.largest_parameter)
+    return max(wanted, max(sizes.numels, default=0))
 
 
 def _fsdp2(sizes: Sizes, engine: Engine, moments: int, places: dict[str, dict[str, int]]) -> None:

@@ -27,6 +27,7 @@ def cases():
     offload = {"offload_optimizer": {"device": "cpu"}}
     yield "zero2-bf16-offload", 2, "bf16", {"torch_adam": False}, offload
     yield "zero3-bf16-masters", 3, "bf16", {"master_weights": "device"}, {}
+    yield "zero3-bf16-persistent", 3, "bf16", {}, {"stage3_param_persistence_threshold": 100_000}
     yield "zero2-bf16-masters", 2, "bf16", {"master_weights": "cpu"}, {}
 
 
