@@ -72,6 +72,8 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         cases[f"{z}-sgd"] = case(stage, {"solver": "sgd", "carry_over": "project", "lr": 1e-2})
         cases[f"{z}-fused"] = case(stage, {"torch_adam": False})
         cases[f"{z}-fused-reset"] = case(stage, {"torch_adam": False, "carry_over": "reset"})
+        cases[f"{z}-shared_by_shape"] = case(stage, {"share_projection": "shape", "carry_over": "project"})
+        cases[f"{z}-stock_block"] = case(stage, {"lean": "none"})
         cases[f"{z}-scheduler"] = case(
             stage,
             {"weight_decay": 0.1},

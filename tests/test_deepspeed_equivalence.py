@@ -28,9 +28,12 @@ def results(tmp_path_factory):
 
 
 def reference(spec, lrs):
-    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "torch_adam", "targets")}
+    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "torch_adam", "targets", "lean")}
     skip = "model.layers.1.mlp.gate_proj" if "targets" in spec["rso"] else None
-    settings = Settings(groups=tiny_llama.groups(skip), rank=RANK, clip=spec["clip"], **rso)
+    groups = tiny_llama.groups(skip)
+    if rso.pop("share_projection", "input") == "shape":
+        groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
+    settings = Settings(groups=groups, rank=RANK, clip=spec["clip"], **rso)
     model = tiny_llama.build(spec["intermediate"]).double()
     batches = [list(tiny_llama.tokens(i, MICRO * WORLD * spec["gas"]).split(MICRO)) for i in range(STEPS)]
     scale = [lr / settings.lr for lr in lrs]

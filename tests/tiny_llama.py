@@ -41,6 +41,14 @@ def groups(skip: str | None = None) -> dict[str, list[str]]:
     return found
 
 
+def groups_by_shape(rank: int, intermediate: int) -> dict[str, list[str]]:
+    """The same with ``share_projection: "shape"``: only the down projection has another input size."""
+    layers = [name for members in groups().values() for name in members]
+    down = [name for name in layers if name.endswith("down_proj")]
+    others = [name for name in layers if name not in down]
+    return {f"in={HIDDEN},rank={rank}": others, f"in={intermediate},rank={rank}": down}
+
+
 def tokens(step: int, count: int) -> torch.Tensor:
     """[count, SEQ] token ids of a step; three different batches in turn."""
     g = torch.Generator().manual_seed(1000 + step % 3)
