@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import rso_ds
 from rso_ds.memory.kept import KeptRecorder, by_kind
 from rso_ds.memory.trace import LiveBytes, trace_training
-from rso_ds.training.models import LLAMA_SHAPES, llama_config
+from rso_ds.models import LLAMA_SHAPES, llama_config
 
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,7 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import rso_ds
 from rso_ds.memory.measured import split_of_state
-from rso_ds.training.models import LLAMA_SHAPES, llama_config
+from rso_ds.models import LLAMA_SHAPES, llama_config
 
 GIB = 2**30
 

@@ -36,7 +36,7 @@ def _check(path: str, model_name: str, vocab_size: int) -> str:
     """The start-up table of ``model_name`` under the JSON at ``path``; "auto" values count as defaults."""
     from rso_ds.engines.deepspeed.ds_json import refuse_unsupported, rso_config
     from rso_ds.layers import convert, summary_table
-    from rso_ds.training.models import load_model
+    from rso_ds.models import load_model
 
     config = read_rso_json(path)
     rso: RSOConfig = rso_config(config)

@@ -15,7 +15,7 @@ from rso_ds.memory.states import Engine
 from rso_ds.memory.trace import LiveBytes, split, trace_training
 
 transformers = pytest.importorskip("transformers")
-from rso_ds.training.models import LLAMA_SHAPES, llama_config  # noqa: E402
+from rso_ds.models import LLAMA_SHAPES, llama_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 H, INTERMEDIATE, HEADS, VOCAB, RANK = 64, 172, 4, 512, 16

@@ -5,7 +5,7 @@ import pytest
 from rso_ds import RSOConfigError
 
 pytest.importorskip("transformers")
-from rso_ds.training.models import LLAMA_SHAPES, llama_config, load_model
+from rso_ds.models import LLAMA_SHAPES, llama_config, load_model
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """What the command prints. Raises ``RSOConfigError`` for bad input."""
     from rso_ds.engines.deepspeed.ds_json import refuse_unsupported, rso_config
-    from rso_ds.training.models import model_config
+    from rso_ds.models import model_config
 
     config = read_rso_json(args.deepspeed)
     rso = rso_config(config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rso_ds.layers import RSOLinear, rso_layers
+from rso_ds.layers import rso_layers
 
 # In the order in which a storage is claimed: a flat buffer that parameters are views of counts as theirs.
 KINDS = ("P", "B", "W", "dense parameters", "solver state", "masters", "gradients", "other")
@@ -39,10 +39,9 @@ def split_of_state(engine: Any) -> dict[str, int]:
     b = {id(layer.B) for layer in layers}
     w = {id(layer.weight) for layer in layers}
     claim("P", (layer.subspace.P for layer in layers))
-    for name, param in module.named_parameters():
+    for param in module.parameters():
         kind = "B" if id(param) in b else "W" if id(param) in w else "dense parameters"
         claim(kind, (param.data, getattr(param, "ds_tensor", None), getattr(param, "ds_secondary_tensor", None)))
-        del name
     optimizer = engine.optimizer
     claim("solver state", _tensors([dict(s) for s in optimizer.state.values()]))
     claim("solver state", _tensors(list(getattr(getattr(optimizer, "optimizer", None), "state", {}).values())))
@@ -90,6 +89,3 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
     elif hasattr(thing, "__dict__") and type(thing).__module__.startswith("deepspeed"):
         yield from _tensors(vars(thing))
-
-
-__all__ = ["KINDS", "RSOLinear", "split_of_state"]

@@ -21,6 +21,7 @@ from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.memory.account import Account, Accountant, model_builder
 from rso_ds.memory.profile import StepProfiler, report
 from rso_ds.memory.states import Engine
+from rso_ds.models import LLAMA_SHAPES, load_model
 from rso_ds.training.arguments import TrainArguments, parse_arguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
@@ -28,7 +29,6 @@ from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
 from rso_ds.training.distributed import Place, start
 from rso_ds.training.evaluation import held_out_loss, sample
 from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes
-from rso_ds.training.models import LLAMA_SHAPES, load_model
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
 
 
