@@ -75,6 +75,20 @@ def test_bytes_per_block_are_the_closed_form(dtype, lean):
     assert fake.per_block / unit == pytest.approx(closed_form(dtype, lean), abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpt2_block_is_its_closed_form(dtype):
+    """torch's LayerNorm keeps its input, mean and 1/std; gelu_new its input; c_attn's output holds q, k and v."""
+    config = transformers.GPT2Config(
+        n_embd=H, n_layer=3, n_head=HEADS, vocab_size=VOCAB, n_positions=SEQ, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    trace = trace_training(builder(dtype, "all", config), BATCH, SEQ)
+    e = dtype.itemsize
+    statistics = 2 * 2 * next(k.dtype.itemsize for k in trace.inside if k.op == "NativeLayerNorm" and k.shape[-1] == 1)
+    expected = 2 + 3 + 1 + HEADS * 4 / (H * e) + 4 + 4 * P + statistics / (H * e)
+    assert trace.per_block / (BATCH * SEQ * H * e) == pytest.approx(expected, abs=1e-9)
+    assert trace.kept == real_trace(builder(dtype, "all", config)).kept
+
+
 def test_the_target_of_the_lean_block():
     """At most 6.5 + 2f + 3p units for the LLaMA-7B block in bf16 with rank 256, and 6.5 GiB with the loss."""
     config = llama_config("llama-7b")
