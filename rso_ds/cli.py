@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from rso_ds.config import RSOConfig
+from rso_ds.ds_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOError
 from rso_ds.memory.command import add_arguments, read_rso_json, run
 
@@ -34,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(path: str, model_name: str, vocab_size: int) -> str:
     """The start-up table of ``model_name`` under the JSON at ``path``; "auto" values count as defaults."""
-    from rso_ds.engines.deepspeed.ds_json import refuse_unsupported, rso_config
     from rso_ds.layers import convert, summary_table
     from rso_ds.models import load_model
 

@@ -224,7 +224,6 @@ SEVEN = ["memory", "--deepspeed", str(ROOT / "ds_configs/rso_7b_zero3.json"), "-
 
 
 def test_command_compares_and_draws(capsys, tmp_path):
-    pytest.importorskip("deepspeed")
     pytest.importorskip("matplotlib")
     main([*SEVEN, "--compare", "--json", "--plot", str(tmp_path / "out.png")])
     result = json.loads(capsys.readouterr().out)
@@ -255,7 +254,6 @@ def test_the_largest_sizes_fit_and_larger_ones_do_not():
 
 
 def test_seventy_billion_in_seconds(tmp_path, capsys):
-    pytest.importorskip("deepspeed")
     transformers.LlamaConfig(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
         num_key_value_heads=8, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
@@ -268,7 +266,6 @@ def test_seventy_billion_in_seconds(tmp_path, capsys):
 
 def test_an_unknown_model_type_is_counted_as_far_as_it_goes(tmp_path, capsys):
     """No default targets for it: RSO cannot be counted and says so; AdamW is traced all the same."""
-    pytest.importorskip("deepspeed")
     transformers.GPTNeoXConfig(
         vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
     ).save_pretrained(tmp_path)
@@ -293,14 +290,12 @@ def test_an_unknown_model_type_is_counted_as_far_as_it_goes(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_refused(flags, message):
-    pytest.importorskip("deepspeed")
     with pytest.raises(SystemExit) as end:
         main([*SEVEN, *flags])
     assert message in str(end.value)
 
 
 def test_sequences_beyond_learned_positions_are_refused(tmp_path):
-    pytest.importorskip("deepspeed")
     transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=128).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="--seq-len 256 exceeds the model's 128 positions"):
         main([*SEVEN[:3], "--model", str(tmp_path), "--seq-len", "256"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rso_ds.config import AUTO
+from rso_ds.ds_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOConfigError
 from rso_ds.layers.targets import DEFAULT_TARGETS
 from rso_ds.memory.account import CARDS, Accountant, check_sizes, model_builder
@@ -32,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """What the command prints. Raises ``RSOConfigError`` for bad input."""
-    from rso_ds.engines.deepspeed.ds_json import refuse_unsupported, rso_config
-    from rso_ds.models import model_config
+    from rso_ds.models import model_config  # transformers takes seconds to import
 
     config = read_rso_json(args.deepspeed)
     rso = rso_config(config)

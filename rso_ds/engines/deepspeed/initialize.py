@@ -17,14 +17,14 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 
 from rso_ds.comm.counter import GradientBytes
-from rso_ds.engines.deepspeed.attach import agree_on_setup, attach
-from rso_ds.engines.deepspeed.ds_json import (
+from rso_ds.ds_json import (
     RSO_TYPE,
     inner_config,
     optimizer_type,
     refuse_unsupported,
     rso_config,
 )
+from rso_ds.engines.deepspeed.attach import agree_on_setup, attach
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
 from rso_ds.optim.groups import layer_groups, solver_groups
