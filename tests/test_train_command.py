@@ -175,6 +175,7 @@ def error_of(done) -> str:
     ("flags", "message"),
     [
         (["--seq-len", "100000"], "--seq-len 100000 is longer than the data"),
+        (["--profile-memory", "--max-steps", "1"], "--profile-memory measures the second step"),
         (["--set", "optimizer.params.rank=200", "--set", "optimizer.params.rank_ratio=null"], "'rank': 200 exceeds"),
     ],
 )

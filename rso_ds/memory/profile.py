@@ -88,6 +88,8 @@ def comparison(measured: Measurement, modelled: Account) -> dict[str, Any]:
         "weights, P, solver state, masters": (held, sum(state.values())),
         "peak of the step": (modelled.total, measured.peak),
     }
+    if modelled.trace is None or modelled.trace.checkpointing:
+        del pairs["kept for backward"]  # the hooks do not see what checkpointing holds
     return {
         name: {"model": model, "measured": real, "error": (model - real) / real if real else None}
         for name, (model, real) in pairs.items()

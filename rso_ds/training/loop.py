@@ -65,6 +65,8 @@ class Job:
         self.ds_json = fill(ds_json, args, place.world_size, self.steps, place.on_gpu)
         self.engine = self._build_engine()
         self.first_step = self._resume()
+        if args.profile_memory and self.steps < self.first_step + 2:
+            raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
         self.display = Display(self.steps, self.first_step, place.rank == 0)
 
     # -- building ------------------------------------------------------------------------------------
