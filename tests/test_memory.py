@@ -218,6 +218,12 @@ def test_states_are_those_of_a_live_engine(engines, case):
     assert got["kept_model"] == pytest.approx(got["kept"], rel=0.05)
 
 
+def test_profiling_does_not_undo_gradient_checkpointing(engines):
+    """Naming the ops of a checkpointed graph would recompute every block at once."""
+    assert engines["checkpointing"]["kept"] == 0
+    assert engines["checkpointing"]["above_state"] < 0.9 * engines["zero3-fp32"]["above_state"]
+
+
 # -- the command -------------------------------------------------------------------------------------
 
 SEVEN = ["memory", "--deepspeed", str(ROOT / "ds_configs/rso_7b_zero3.json"), "--model", "llama-7b"]

@@ -37,7 +37,8 @@ class KeptRecorder:
     """Context around one forward pass of ``model``; afterwards ``entries`` lists what is kept.
 
     Parameters, buffers and P do not count: they exist anyway. Call ``name_ops(loss)`` before backward to
-    fill in the ops. What gradient checkpointing recomputes is not seen: record without it.
+    fill in the ops. Record without gradient checkpointing: what it recomputes is not seen, and ``name_ops``
+    would recompute all of it.
     """
 
     def __init__(self, model: nn.Module) -> None:

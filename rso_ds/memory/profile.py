@@ -19,7 +19,7 @@ from rso_ds.memory.trace import LiveBytes
 @dataclass
 class Measurement:
     """Bytes of one rank. ``state``: what it held before the step, by kind; ``kept``: what the forward pass
-    left for backward, by module and op (unseen where gradient checkpointing recomputes); ``peak``: the most
+    left for backward, by module and op (empty under gradient checkpointing); ``peak``: the most
     that was allocated, and how much of that came on top of ``state``."""
 
     state: dict[str, int]
@@ -40,8 +40,8 @@ class StepProfiler:
     which slows this one step down.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, checkpointing: bool = False) -> None:
+        self.engine, self.checkpointing = engine, checkpointing
         self.on_gpu = torch.cuda.is_available() and next(engine.module.parameters()).is_cuda
         self._live: Any = nullcontext() if self.on_gpu else LiveBytes()
         self.result = Measurement(split_of_state(engine))
@@ -56,6 +56,8 @@ class StepProfiler:
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
         """``run()`` is the forward pass; returns its loss."""
+        if self.checkpointing:
+            return run()  # looking at what a checkpointed block saves would recompute it
         with KeptRecorder(self.engine.module) as recorder:
             loss = run()
         recorder.name_ops(loss)
@@ -106,7 +108,8 @@ def report(measured: Measurement, modelled: Account) -> tuple[str, dict[str, Any
         lines.append(f"  {name:<40} {row['model'] / GIB:9.4f} {row['measured'] / GIB:9.4f} {error}")
     lines.append("  held before the step: " + ", ".join(f"{k} {v / GIB:.4f}" for k, v in measured.state.items() if v))
     lines.append(f"  peak above that: {measured.peak_above_state / GIB:.4f}")
-    lines.append("  kept for backward, by module and op:")
+    if measured.kept:
+        lines.append("  kept for backward, by module and op:")
     largest = sorted(measured.kept.items(), key=lambda item: -item[1])
     lines += [f"    {name:<70} {size / GIB:9.4f}" for name, size in largest[:20]]
     details = {

@@ -263,7 +263,7 @@ class Job:
 
     def _profiled(self, micro: torch.Tensor) -> torch.Tensor:
         """One micro batch with its memory measured; rank 0 prints it beside the model and writes memory.json."""
-        profiler = StepProfiler(self.engine)
+        profiler = StepProfiler(self.engine, self.args.gradient_checkpointing)
         with profiler:
             loss = profiler.forward(lambda: self._forward(micro))
             self.engine.backward(loss)

@@ -28,10 +28,11 @@ def cases():
     yield "zero2-bf16-offload", 2, "bf16", {"torch_adam": False}, offload
     yield "zero3-bf16-masters", 3, "bf16", {"master_weights": "device"}, {}
     yield "zero3-bf16-persistent", 3, "bf16", {}, {"stage3_param_persistence_threshold": 100_000}
+    yield "checkpointing", 3, "fp32", {}, {}, True
     yield "zero2-bf16-masters", 2, "bf16", {"master_weights": "cpu"}, {}
 
 
-def run(stage, precision, rso, zero):
+def run(stage, precision, rso, zero, checkpointing=False):
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
@@ -46,10 +47,12 @@ def run(stage, precision, rso, zero):
     model = tiny_llama.build(86)
     engine, *_ = rso_ds.initialize(model=model, config=json.loads(json.dumps(config)))
     engine.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for step in range(3):
         ids = tiny_llama.tokens(step, 2)
         if step == 2:
-            profiler = StepProfiler(engine)
+            profiler = StepProfiler(engine, checkpointing)
             with profiler:
                 loss = profiler.forward(lambda ids=ids: tiny_llama.loss_of(engine, ids))
                 engine.backward(loss)
@@ -64,6 +67,7 @@ def run(stage, precision, rso, zero):
     result = {
         "measured": profiler.result.state,
         "kept": profiler.result.kept_total,
+        "above_state": profiler.result.peak_above_state,
         "device": account.device,
         "host": account.host,
         "missing": account.missing,
