@@ -14,7 +14,7 @@ setup(
     packages=find_packages(include=["rso_ds", "rso_ds.*"]),
     package_data={"rso_ds": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.4"],
+    install_requires=["torch>=2.6"],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.3"],
         "train": [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rso_ds.config import RSOConfig
-from rso_ds.engines.single import RSO
+from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import (
     RSOCheckpointError,
     RSOConfigError,

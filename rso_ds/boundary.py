@@ -2,6 +2,7 @@
 
 After every ``interval`` applied optimizer steps, for every layer:
 
+    B <- mean of B over the ranks  only where they took their steps apart (``communicate: "boundary"``)
     W <- decay * W + B P^T       merged in fp32, rounded once
     B <- 0
     solver state of B carried over by the chosen rule
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rso_ds.comm.counter import install as traffic
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
 from rso_ds.layers import RSOLinear, round_stochastically
@@ -51,6 +53,9 @@ class Shards(Protocol):
     def begin(self) -> None:
         """Called before anything changes: drop gathered copies that would go stale."""
 
+    def average(self) -> None:
+        """Replace B and every densely trained parameter by its mean over the ranks that stepped apart."""
+
     def end(self) -> None:
         """Called after everything changed: restore what ``begin`` dropped."""
 
@@ -70,7 +75,10 @@ class Shards(Protocol):
         """Set the solver's step count of all B to zero."""
 
     def replicated_weights(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor) of every W that each rank holds in full."""
+        """(name, this rank's part) of every W of which there are several copies over the ranks."""
+
+    def whole(self, checksums: Tensor) -> Tensor:
+        """Checksums of this rank's part of each ``replicated_weights`` -> of the whole tensor."""
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         """In-place sum over the ranks that share the solver state; nothing to do on one rank."""
@@ -137,8 +145,14 @@ class Boundary:
 
     @torch.no_grad()
     def cross(self) -> None:
-        """Merge, zero, carry over, redraw: now."""
+        """Average (after local steps), merge, zero, carry over, redraw: now."""
+        with traffic().phase("boundary"):
+            self._cross()
+
+    def _cross(self) -> None:
         self.shards.begin()
+        if self.config.communicate == "boundary":
+            self.shards.average()
         split_rows = self._collect_split_rows() if self._carry_over.needs_whole_rows else {}
         rounding = Rounding(self.config.merge_rounding, self.config.seed, self.draw)
         members: dict[int, list[int]] = {}
@@ -147,8 +161,8 @@ class Boundary:
             members.setdefault(id(layer.subspace), []).append(i)
         for subspace in self.subspaces:
             first_weight = named[members[id(subspace)][0]][1].weight
-            p_old = subspace.projection(self.shards.device, first_weight.dtype)
-            p_new = subspace.sample(self.draw + 1, self.shards.device, first_weight.dtype)
+            p_old = subspace.current(self.shards.device, first_weight.dtype)
+            p_new = subspace.sample(self.draw + 1, self.shards.device, p_old.dtype)
             turn = rotation(p_old, p_new, subspace.in_features) if self._carry_over.needs_rotation else None
             for i in members[id(subspace)]:
                 name, layer = named[i]
@@ -223,23 +237,38 @@ class Boundary:
 
     def check_replicas(self) -> None:
         """Raise ``RSOReplicaError`` on every rank if any P or replicated W differs between ranks."""
-        tensors = [(f"P of {s.name}", s.P) for s in self.subspaces if s.P is not None]
-        tensors += self.shards.replicated_weights()
-        sums = torch.stack([_checksum(t) for _, t in tensors]).to(self.shards.device)
-        low, high = self.shards.extremes_over_ranks(sums)
-        differing = [name for (name, _), bad in zip(tensors, (low != high).tolist(), strict=True) if bad]
+        projections = [(f"P of {s.name}", s.P) for s in self.subspaces if s.P is not None]
+        weights = self.shards.replicated_weights()
+        sums = [self._checksums(projections)]
+        if weights:
+            sums.append(self.shards.whole(self._checksums(weights)))
+        low, high = self.shards.extremes_over_ranks(torch.cat(sums))
+        names = [name for name, _ in (*projections, *weights)]
+        differing = [name for name, bad in zip(names, (low != high).tolist(), strict=True) if bad]
         if differing:
             raise RSOReplicaError(
-                f"ranks hold different bits of {differing[0]} ({len(differing)} of {len(tensors)} tensors differ)"
+                f"ranks hold different bits of {differing[0]} ({len(differing)} of {len(names)} tensors differ)"
                 f" after {self.applied_steps} applied steps. Unlike hardware or thread counts can make the"
                 " orthogonalisation of sampler 'haar' differ: use equal nodes, or 'gaussian' or 'coordinate'."
                 " If a W differs, restart from the last checkpoint."
             )
 
+    def _checksums(self, tensors: Sequence[tuple[str, Tensor]]) -> Tensor:
+        return torch.stack([_checksum(t) for _, t in tensors]).to(self.shards.device)
+
+    def meet(self) -> None:
+        """After local steps: average what the ranks have done since the last boundary, so that they hold one
+        model. Merges nothing and counts nothing; does nothing where ranks exchange at every step."""
+        if self.config.communicate == "boundary":
+            with traffic().phase("boundary"):
+                self.shards.begin()
+                self.shards.average()
+                self.shards.end()
+
     def materialize(self) -> None:
         """Draw the current P of every group, so that no forward pass has to."""
         for layer in self.layers.values():
-            layer.subspace.projection(self.shards.device, layer.weight.dtype)
+            layer.subspace.current(self.shards.device, layer.weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain ints, floats and strings: all that P and the count of steps depend on."""

@@ -21,6 +21,7 @@ CARRY_OVER_RULES = ("reset", "keep_second", "row_mean_second", "project")
 SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
 MERGE_ROUNDINGS = ("nearest", "stochastic")
 MASTER_WEIGHTS = ("none", "device", "cpu")
+COMMUNICATE = ("every_step", "boundary")
 SHARED_PROJECTIONS = ("input", "shape")
 LEAN_PIECES = ("shared_input", "norm", "activation", "loss", "liger")
 AUTO = "auto"
@@ -84,6 +85,14 @@ class RSOConfig:
         "none",
         f"Where to keep fp32 copies of low-precision W, sharded over ranks, for the merge: {MASTER_WEIGHTS}.",
     )
+    communicate: str = _key(
+        "every_step",
+        f"When ranks exchange: {COMMUNICATE}. 'boundary': each solves the subproblem on its own data and the ranks"
+        " average B and the dense parameters once an interval (DDP, and HSDP between replicas).",
+    )
+    outer_momentum: float = _key(
+        0.0, "With communicate 'boundary': momentum of the merged update of W from boundary to boundary."
+    )
     torch_adam: bool = _key(
         False, "DeepSpeed only: use torch's Adam instead of DeepSpeed's fused kernel (needs no compiler)."
     )
@@ -116,6 +125,15 @@ class RSOConfig:
             raise RSOConfigError(
                 "'master_weights' and 'merge_rounding': 'stochastic' are two remedies for one problem: keep one."
             )
+        _choice("communicate", self.communicate, COMMUNICATE)
+        _number("outer_momentum", self.outer_momentum, minimum=0.0, maximum=0.99)
+        if self.outer_momentum and self.communicate != "boundary":
+            raise RSOConfigError(
+                "'outer_momentum' acts on updates averaged once an interval: set 'communicate' to 'boundary', or leave"
+                " it at 0."
+            )
+        if self.outer_momentum and self.master_weights != "none":
+            raise RSOConfigError("'outer_momentum' and 'master_weights' are not supported together: keep one of them.")
         if not isinstance(self.torch_adam, bool):
             raise RSOConfigError(f"'torch_adam' must be true or false, got {self.torch_adam!r}.")
         if self.solver == "sgd" and self.carry_over in SECOND_MOMENT_RULES:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import RSOLinear, dense_layer
-from rso_ds.layers.partitioned import gathered
+from rso_ds.layers.partitioned import gathered, whole
 
 
 @torch.no_grad()
 def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """State dict of the equal dense model, on the CPU, in the dtype of the weights.
 
-    Names and shapes are those of the model before conversion. Under ZeRO-3 all ranks must call this
-    together; one module is gathered at a time. Ranks with ``keep`` False take part and return {}.
+    Names and shapes are those of the model before conversion. Under ZeRO-3 and FSDP2 all ranks must
+    call this together; one module is gathered at a time. Ranks with ``keep`` False take part and return {}.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -28,9 +28,12 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
         params = dict(source.named_parameters(recurse=False))
         buffers = {n: b for n, b in source.named_buffers(recurse=False) if n not in source._non_persistent_buffers_set}
         with gathered(params.values()):
-            for name, tensor in {**params, **buffers}.items() if keep else ():
+            for name, tensor in {**params, **buffers}.items():
+                full = whole(tensor.detach())
+                if not keep:
+                    continue
                 if id(tensor) not in copies:  # tied parameters stay one tensor
-                    copies[id(tensor)] = (tensor, tensor.detach().to("cpu", copy=True))
+                    copies[id(tensor)] = (tensor, full.to("cpu", copy=True))
                 state[prefix + name] = copies[id(tensor)][1]
     return state
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rso_ds.boundary import Rounding, SolverShard
+from rso_ds.engines.local_steps import OuterMomentum, average_
 from rso_ds.engines.masters import WeightMasters
 from rso_ds.layers import RSOLinear, merged_weight
 
@@ -60,20 +61,37 @@ class ReplicatedShards:
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
         low_precision = any(layer.weight.element_size() < 4 for layer in self.layers.values())
+        self.outer: OuterMomentum | None = None
+        self.dense: list[nn.Parameter] = []
         self.weight_masters = WeightMasters(master_weights) if low_precision and master_weights != "none" else None
+
+    def step_apart(self, dense: Sequence[nn.Parameter], momentum: float) -> None:
+        """Prepare for local steps; ``dense``: the parameters that train densely."""
+        self.dense = list(dense)
+        if momentum:
+            self.outer = OuterMomentum(momentum, {name: self.rows(x.weight) for name, x in self.layers.items()})
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The rows of W, B or a moment that this rank holds, as the memory itself."""
+        return tensor.detach()
 
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
 
+    def average(self) -> None:
+        if self.world_size > 1:
+            average_([*(layer.B for layer in self.layers.values()), *self.dense], self.group)
+
     def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight = layer.weight
         if self.weight_masters is None:
-            weight.copy_(rounding(merged_weight(weight, layer.B, P, decay), weight.dtype, name))
+            merged = self.merged_rows(name, weight, layer.B, P, decay)
+            weight.copy_(rounding(merged, weight.dtype, name))
             return
         share = -(-layer.out_features // self.world_size)
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        merged = self.weight_masters.merge(name, weight[mine], layer.B[mine], P, decay)
+        merged = self.merged_rows(name, weight[mine], layer.B[mine], P, decay)
         rows = torch.zeros(share, layer.in_features, dtype=weight.dtype, device=weight.device)
         rows[: merged.shape[0]] = merged.to(weight.dtype)
         everyone = [rows]
@@ -81,6 +99,13 @@ class ReplicatedShards:
             everyone = [torch.empty_like(rows) for _ in range(self.world_size)]
             dist.all_gather(everyone, rows, group=self.group)
         weight.copy_(torch.cat(everyone)[: layer.out_features])
+
+    def merged_rows(self, name: str, weight_rows: Tensor, B_rows: Tensor, P: Tensor, decay: float) -> Tensor:
+        """The new rows of W in fp32: from fp32 masters, with outer momentum, or plainly."""
+        keeper = self.weight_masters or self.outer
+        if keeper is None:
+            return merged_weight(weight_rows, B_rows, P, decay)
+        return keeper.merge(name, weight_rows, B_rows, P, decay)
 
     def zero(self, layer: RSOLinear) -> None:
         layer.B.zero_()
@@ -102,6 +127,9 @@ class ReplicatedShards:
 
     def replicated_weights(self) -> list[tuple[str, Tensor]]:
         return [(f"{name}.weight", layer.weight) for name, layer in self.layers.items()]
+
+    def whole(self, checksums: Tensor) -> Tensor:
+        return checksums
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         if self.world_size > 1:

@@ -1,6 +1,14 @@
 """What a layer computes, and models made of such layers."""
 
-from rso_ds.layers.convert import Conversion, check_conversion, convert, dense_layer, rso_layers, to_dense
+from rso_ds.layers.convert import (
+    Conversion,
+    check_conversion,
+    convert,
+    dense_layer,
+    rso_layers,
+    target_subspaces,
+    to_dense,
+)
 from rso_ds.layers.functional import subspace_linear
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.merge import merged_weight, round_stochastically
@@ -18,5 +26,6 @@ __all__ = [
     "rso_layers",
     "subspace_linear",
     "summary_table",
+    "target_subspaces",
     "to_dense",
 ]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.merge import merged_weight
-from rso_ds.layers.partitioned import full_shape, gathered
+from rso_ds.layers.partitioned import full_shape, gathered, whole
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
 from rso_ds.lean import apply_lean, remove_lean
@@ -79,6 +80,21 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     return Conversion({name: layers[name] for name in names}, replaced, originals)
 
 
+def target_subspaces(model: nn.Module, config: RSOConfig) -> dict[str, Subspace]:
+    """The subspace that ``convert`` would give each layer, by layer name; the model stays as it is.
+
+    Raises ``RSOConversionError`` as ``convert`` does for targets and ranks.
+    """
+    names = resolve_targets(model, config.targets)
+    shapes = {name: _linear_shape(model.get_submodule(name)) for name in names}
+    found: dict[str, Subspace] = {}
+    result: dict[str, Subspace] = {}
+    for members in _groups(names, shapes):
+        subspace = _subspace(found, members, shapes[members[0]][1], _rank(members, shapes, config), config)
+        result.update(dict.fromkeys(members, subspace))
+    return result
+
+
 def check_conversion(layers: Mapping[str, RSOLinear], config: RSOConfig) -> None:
     """Raise ``RSOConversionError`` if ``layers`` were converted with another configuration than ``config``."""
     for name, layer in layers.items():
@@ -94,13 +110,13 @@ def check_conversion(layers: Mapping[str, RSOLinear], config: RSOConfig) -> None
 def dense_layer(layer: RSOLinear) -> nn.Module:
     """A plain ``nn.Linear`` (or ``Conv1D``) with weight W + B P^T, merged in fp32, rounded once.
 
-    Under ZeRO-3 the layer is gathered; every rank must call this together and gets the full layer.
+    Under ZeRO-3 and FSDP2 the layer is gathered; every rank must call this together and gets the full layer.
     """
     with torch.no_grad(), gathered([layer.weight, layer.B, layer.bias]):
-        weight = layer.weight
-        p = layer.subspace.projection(weight.device, weight.dtype)
-        merged = merged_weight(weight, layer.B, p).to(weight.dtype)
-        bias = None if layer.bias is None else layer.bias.detach().clone()
+        weight = whole(layer.weight)
+        p = layer.subspace.current(weight.device, weight.dtype)
+        merged = merged_weight(weight, whole(layer.B), p).to(weight.dtype)
+        bias = None if layer.bias is None else whole(layer.bias.detach()).clone()
     dense: nn.Module
     if layer.conv1d:
         from transformers.pytorch_utils import Conv1D
@@ -116,7 +132,14 @@ def dense_layer(layer: RSOLinear) -> nn.Module:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Turn every RSO layer of ``model`` back, in place, with a trainable weight, and undo ``lean``."""
+    """Turn every RSO layer of ``model`` back, in place, with a trainable weight, and undo ``lean``.
+
+    Raises ``RSOConversionError`` for a model that FSDP2 shards, whose modules cannot be replaced.
+    """
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        raise RSOConversionError(
+            "the model is sharded by FSDP2: use rso_ds.checkpoint.dense_state_dict or save_dense, which gather it."
+        )
     for _, layer in list(rso_layers(model)):
         layer.shared_input.detach()
         _put(model, layer, dense_layer(layer))

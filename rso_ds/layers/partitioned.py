@@ -1,4 +1,4 @@
-"""The little that conversion must know about weights partitioned by ``deepspeed.zero.Init``."""
+"""The little that layers must know about weights partitioned by ZeRO-3 or FSDP2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def is_partitioned(param: Any) -> bool:
@@ -20,6 +21,11 @@ def full_shape(param: Any) -> tuple[int, ...]:
 
 def full_numel(param: Any) -> int:
     return int(param.ds_numel if is_partitioned(param) else param.numel())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or the full value of one that FSDP2 has cut; all ranks call this together then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(params: Iterable[nn.Parameter | None]) -> AbstractContextManager[Any]:

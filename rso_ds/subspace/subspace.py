@@ -45,6 +45,14 @@ class Subspace:
             p = self._materialize(device, dtype)
         return p
 
+    def current(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The P that the last forward pass used, in the dtype it used; drawn in ``dtype`` if there was none.
+
+        An engine may compute in another dtype than the one in which it keeps W: the merge must use the
+        values that the forward pass used.
+        """
+        return self.projection(device, dtype if self.P is None or is_coordinates(self.P) else self.P.dtype)
+
     def move_to(self, draw: int, P: Tensor | None = None) -> None:
         """Make ``draw`` the current subspace; ``P`` is its projection if the caller has it already."""
         self.draw = draw

@@ -29,6 +29,16 @@ class TrainArguments:
     """Settings of one training run. A value of None means: what the DeepSpeed JSON says, or a default."""
 
     deepspeed: str = _flag("ds_configs/rso.json", "DeepSpeed JSON; its optimizer block chooses RSO or another.")
+    engine: str = _flag(
+        "deepspeed",
+        "What trains: DeepSpeed, DistributedDataParallel or FSDP2; the last two take optimizer, schedule, clipping,"
+        " accumulation and bf16 from the same JSON and ignore zero_optimization.",
+        choices=("deepspeed", "ddp", "fsdp2"),
+    )
+    replicas: int = _flag(
+        1, "With --engine fsdp2: copies of the sharded model (HSDP); one a node keeps W's gathers inside nodes."
+    )
+    timeout: int = _flag(600, "Seconds that a collective waits for a silent rank before the run ends with an error.")
     set: list[str] = _flag(
         [], "Override a JSON key: --set optimizer.params.interval=50 (repeatable).", metavar="KEY=VALUE"
     )
@@ -74,7 +84,7 @@ class TrainArguments:
         for key, minimum in (
             ("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("max_steps", 1), ("train_tokens", 1),
             ("log_interval", 1), ("eval_interval", 1), ("eval_tokens", 1), ("save_interval", 0),
-            ("vocab_size", 257), ("seed", 0), ("sample_tokens", 0),
+            ("vocab_size", 257), ("replicas", 1), ("timeout", 1), ("seed", 0), ("sample_tokens", 0),
         ):  # fmt: skip
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,11 @@ class Place:
         return torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
 
 
-def start() -> Place:
-    """Join the other ranks (as the launcher's environment says; alone without one)."""
+def start(timeout: int) -> Place:
+    """Join the other ranks (as the launcher's environment says; alone without one).
+
+    ``timeout``: seconds that a collective waits for a rank that does not answer.
+    """
     if "RANK" not in os.environ:
         for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MV2_COMM_WORLD_SIZE"):
             if int(os.environ.get(key, 1)) > 1:
@@ -61,5 +65,5 @@ def start() -> Place:
         # DeepSpeed would compile a shared-memory all-reduce that only its inference uses; a lock left by a
         # killed build then makes every later start wait for ever without a word.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
     return Place(dist.get_rank(), local_rank, dist.get_world_size(), on_gpu)

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from rso_ds.checkpoint import save_dense
-from rso_ds.comm.counter import GradientBytes
+from rso_ds.comm.failures import lost_rank
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.memory.account import Account, Accountant, model_builder
 from rso_ds.memory.profile import StepProfiler, report
 from rso_ds.memory.states import Engine
-from rso_ds.models import LLAMA_SHAPES, load_model
+from rso_ds.models import LLAMA_SHAPES
 from rso_ds.training.arguments import TrainArguments, parse_arguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
 from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
 from rso_ds.training.distributed import Place, start
+from rso_ds.training.engines import build_engine
 from rso_ds.training.evaluation import held_out_loss, sample
-from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes
+from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes, per_step, traffic_summary
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
 
 
@@ -38,9 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_arguments(argv)
         ds_json = read_json(args)
         corpus = Corpus(args.data, args.val_fraction, args.val_data, args.text_key)
-        Job(args, ds_json, corpus, start()).run()
+        Job(args, ds_json, corpus, start(args.timeout)).run()
     except RSOError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except RuntimeError as error:
+        message = lost_rank(error)
+        if message is None:
+            raise
+        sys.exit(message)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -63,7 +68,11 @@ class Job:
         self.tokens_per_step = self.micro * self.accumulation * place.world_size * args.seq_len
         self.steps = self._number_of_steps()
         self.ds_json = fill(ds_json, args, place.world_size, self.steps, place.on_gpu)
-        self.engine = self._build_engine()
+        self.engine = build_engine(args, self.ds_json, len(self.tokenizer), place)
+        if place.rank == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            args.save(self.output / "config.yaml")
+            (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
         self.first_step = self._resume()
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
@@ -109,33 +118,6 @@ class Job:
         tokens = self.args.train_tokens or self.train_data.count * self.args.seq_len
         return max(1, tokens // self.tokens_per_step)
 
-    def _build_engine(self) -> Any:
-        import deepspeed
-        from transformers.integrations import HfDeepSpeedConfig
-
-        args = self.args
-        stage = (self.ds_json.get("zero_optimization") or {}).get("stage", 0)
-        # Alive while the model is built, it makes transformers build under zero.Init, never whole on a rank.
-        keep_alive = HfDeepSpeedConfig(self.ds_json) if stage == 3 else None
-        torch.manual_seed(args.seed)
-        pretrained = {"auto": None, "random": False, "pretrained": True}[args.init]
-        model = load_model(args.model, len(self.tokenizer), args.seq_len, pretrained)
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        initialize = deepspeed.initialize
-        if self.ds_json["optimizer"]["type"].upper() == "RSO":
-            from rso_ds.engines.deepspeed import initialize
-        decay = float(self.ds_json["optimizer"]["params"].get("weight_decay", 0.0))
-        engine, *_ = initialize(model=model, model_parameters=_decay_groups(model, decay), config=self.ds_json)
-        del keep_alive
-        if not hasattr(engine, "gradient_bytes"):
-            engine.gradient_bytes = GradientBytes(engine)
-        if self.place.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            args.save(self.output / "config.yaml")
-            (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
-        return engine
-
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
@@ -179,7 +161,8 @@ class Job:
         if self.place.rank == 0:
             (folder / tag).mkdir(parents=True, exist_ok=True)
             (folder / tag / "run.json").write_text(json.dumps(self._identity()))
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
+        with self.engine.traffic.phase("other"):
+            self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -201,7 +184,7 @@ class Job:
             metrics.write({"step": 0, "tokens": 0, "val_loss": before, "val_ppl": math.exp(before)})
         engine.train()
         window_loss, window_start, window_first = 0.0, time.monotonic(), self.first_step
-        window_bytes = engine.gradient_bytes.total
+        sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
             lr = engine.optimizer.param_groups[0]["lr"]
@@ -221,10 +204,12 @@ class Job:
                     "lr": lr,
                     "tokens": step * self.tokens_per_step,
                     "tokens_per_second": taken * self.tokens_per_step / elapsed,
-                    "grad_bytes_sent": (engine.gradient_bytes.total - window_bytes) // taken,
+                    "comm_bytes": per_step(engine.traffic.by_kind(), sent, taken),
                     "peak_memory_bytes": peak_memory_bytes(),
                     "skipped_steps": engine.skipped_steps,
                 }
+                if engine.traffic.node_count > 1:
+                    record["comm_bytes_inter_node"] = per_step(engine.traffic.by_kind("inter-node"), crossed, taken)
                 if evaluate:
                     after = self._evaluate()
                     record |= {"val_loss": after, "val_ppl": math.exp(after)}
@@ -234,7 +219,7 @@ class Job:
                     metrics.write(record)
                 display.step(record)
                 window_loss, window_start, window_first = 0.0, time.monotonic(), step
-                window_bytes = engine.gradient_bytes.total
+                sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
             if step == self.steps or (args.save_interval and step % args.save_interval == 0):
                 saving = time.monotonic()
                 self._save(step)
@@ -285,7 +270,8 @@ class Job:
         return accountant.account("rso" if is_rso else "adamw", self.micro, self.args.seq_len)
 
     def _evaluate(self) -> float:
-        return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.place)
+        with self.engine.traffic.phase("evaluation"):
+            return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.place)
 
     def _mean_over_ranks(self, value: float) -> float:
         box = torch.tensor([value], dtype=torch.float64, device=self.place.device)
@@ -294,8 +280,12 @@ class Job:
 
     def _finish(self, before: float, after: float) -> None:
         folder = self.output / "model"
-        save_dense(self.engine.module, folder, self.place.rank)
+        if hasattr(self.engine, "rso"):
+            self.engine.rso.meet()
+        with self.engine.traffic.phase("other"):
+            save_dense(self.engine.module, folder, self.place.rank)
         if self.place.rank == 0:
+            self._report_traffic()
             self.tokenizer.save_pretrained(folder)
             if self.args.sample_tokens:
                 from transformers import AutoModelForCausalLM
@@ -310,13 +300,9 @@ class Job:
             )
         dist.barrier()
 
-
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, biases and norms without: the usual split, for every optimizer alike."""
-    from rso_ds.layers.partitioned import full_shape
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if len(full_shape(p)) > 1]
-    vectors = [p for p in trainable if len(full_shape(p)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
+    def _report_traffic(self) -> None:
+        """Everything that rank 0 sent, on the screen and in ``comm.json``."""
+        traffic, taken = self.engine.traffic, self.steps - self.first_step
+        details = {"ranks": self.place.world_size, "nodes": traffic.node_count, "steps": taken}
+        (self.output / "comm.json").write_text(json.dumps({**details, "traffic": traffic.table()}, indent=2))
+        self.display.say(traffic_summary(traffic, taken))

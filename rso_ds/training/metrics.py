@@ -13,12 +13,33 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rso_ds.comm.counter import KINDS, CommCounter
+
 
 def peak_memory_bytes() -> int:
     """Peak so far: of the CUDA allocator on a GPU, of the process's resident set on a CPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def per_step(now: Mapping[str, int], before: Mapping[str, int], steps: int) -> dict[str, int]:
+    """Payload bytes of a rank in one step, by kind (``rso_ds.comm.KINDS``), averaged over ``steps`` steps."""
+    return {kind: (total - before[kind]) // steps for kind, total in now.items()}
+
+
+def traffic_summary(traffic: CommCounter, steps: int) -> str:
+    """Table of what one rank sent in ``steps`` steps: payload and, by a ring algorithm, bytes on the wire."""
+    lines = [
+        f"sent by rank 0 in {steps} steps, MB:   {'payload':>12} {'a step':>12} {'on the wire':>12} {'inter-node':>12}"
+    ]
+    for kind in KINDS:
+        payload, wire = traffic.total(kind), traffic.total(kind, wire=True)
+        crossing = traffic.total(kind, "inter-node", wire=True)
+        if payload:
+            figures = (payload, payload / max(1, steps), wire, crossing)
+            lines.append(f"  {kind:<33}" + "".join(f" {n / 1e6:>12,.3f}" for n in figures))
+    return "\n".join(lines)
 
 
 class MetricsFile:
@@ -60,9 +81,10 @@ class Display:
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show a logged step."""
+        sent = sum(n for kind, n in record["comm_bytes"].items() if kind != "evaluation")
         status = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
-            f"  {record['grad_bytes_sent'] / 1e6:,.2f} MB/step  mem {record['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"  {sent / 1e6:,.2f} MB/step  mem {record['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         if "val_loss" in record:
             status += f"  val {record['val_loss']:.4f} (ppl {record['val_ppl']:.2f})"

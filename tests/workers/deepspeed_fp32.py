@@ -59,7 +59,7 @@ def run(spec):
         "cut_rows": sum(
             any(c % x.subspace.rank for c in engine.rso.shards.cuts(x)) for x in engine.rso.layers.values()
         ),
-        "gradient_bytes": engine.gradient_bytes.total,
+        "gradient_bytes": engine.traffic.total("gradient"),
         "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "weights": dense_state_dict(engine.module),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from functools import wraps
@@ -15,11 +13,12 @@ import torch.distributed as dist
 
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.comm.counter import BACKWARD, install
 from rso_ds.config import RSOConfig
 from rso_ds.engines.deepspeed.loss_scale import scale_loss_at_stage_0
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.engines.replicated import ReplicatedShards
-from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
+from rso_ds.errors import RSOCheckpointError, RSOUnsupportedError
 from rso_ds.layers import RSOLinear
 from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
 
@@ -46,23 +45,6 @@ def attach(engine: Any, layers: Mapping[str, RSOLinear], config: RSOConfig, wher
     return boundary
 
 
-def agree_on_setup(layers: Mapping[str, RSOLinear], config: RSOConfig, device: torch.device) -> None:
-    """Raise ``RSOReplicaError`` on every rank unless all have the same configuration and layers.
-
-    Comes before DeepSpeed touches the model: its broadcasts would hang or fail on unequal shapes.
-    """
-    shapes = {n: [x.out_features, x.in_features, x.subspace.rank, x.subspace.name] for n, x in layers.items()}
-    text = json.dumps([config.to_dict(), shapes], sort_keys=True)
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-    low, high = (torch.tensor([digest], dtype=torch.int64, device=device) for _ in range(2))
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    if low.item() != high.item():
-        raise RSOReplicaError(
-            "ranks disagree on the RSO configuration or the model: give every rank the same JSON and the same model."
-        )
-
-
 def _refuse_lossy_savers(engine: Any) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RSOUnsupportedError(
@@ -71,6 +53,19 @@ def _refuse_lossy_savers(engine: Any) -> None:
         )
 
     engine.save_16bit_model = refuse
+
+
+def count_traffic(engine: Any) -> None:
+    """Give a DeepSpeed engine, of whatever optimizer, the attribute ``traffic``: a ``CommCounter``."""
+    engine.traffic = install()
+    inner = engine.backward  # stages 0 and 1 reduce gradients in it after autograd has returned
+
+    @wraps(inner)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with engine.traffic.phase(BACKWARD):
+            return inner(*args, **kwargs)
+
+    engine.backward = backward
 
 
 def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -> None:

@@ -9,14 +9,13 @@ from functools import wraps
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 
-from rso_ds.comm.counter import GradientBytes
+from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.ds_json import (
     RSO_TYPE,
     inner_config,
@@ -24,7 +23,7 @@ from rso_ds.ds_json import (
     refuse_unsupported,
     rso_config,
 )
-from rso_ds.engines.deepspeed.attach import agree_on_setup, attach
+from rso_ds.engines.deepspeed.attach import attach, count_traffic
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
 from rso_ds.optim.groups import layer_groups, solver_groups
@@ -53,7 +52,7 @@ def initialize(
     ``rso_ds.convert`` has done so), lets DeepSpeed build the engine with the solver of the subproblem, and
     hooks the subspace boundary to the engine's applied steps. ``model_parameters`` may name the original
     weights; each stands for its B. The engine gains two attributes: ``rso`` (the ``Boundary``: applied
-    steps, draw index) and ``gradient_bytes`` (bytes handed to gradient reductions).
+    steps, draw index) and ``traffic`` (``rso_ds.comm.CommCounter``: bytes handed to collectives).
 
     Raises ``RSOConfigError`` (bad key, no RSO block, an optimizer in code besides the JSON's),
     ``RSOConversionError`` (the model does not fit), ``RSOUnsupportedError`` (a DeepSpeed feature that RSO
@@ -73,6 +72,11 @@ def initialize(
     if mpu is not None and mpu.get_model_parallel_world_size() > 1:
         raise RSOUnsupportedError("RSO does not support model parallelism (mpu): use ZeRO data parallelism.")
     refuse_unsupported(ds_config)
+    if rso.communicate != "every_step":
+        raise RSOUnsupportedError(
+            f"DeepSpeed reduces gradients at every step, so 'communicate': '{rso.communicate}' cannot come into effect:"
+            " use rso_ds.RSO with DistributedDataParallel or HSDP (launch/train.py --engine ddp), or 'every_step'."
+        )
 
     given = None if model_parameters is None else list(model_parameters)
     converted = dict(rso_layers(model))
@@ -92,7 +96,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
-    agree_on_setup(converted, rso, torch.device(accelerator.current_device_name()))
+    agree_on_setup(converted, rso)
     if getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # the solver's configuration takes its place
@@ -111,7 +115,7 @@ def initialize(
     )
     engine = result[0]
     engine.rso = attach(engine, converted, rso, where)
-    engine.gradient_bytes = GradientBytes(engine)
+    count_traffic(engine)
     if engine.global_rank == 0:
         print(table, flush=True)
     return result

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
-from rso_ds.layers import RSOLinear, merged_weight
+from rso_ds.layers import RSOLinear
 from rso_ds.layers.partitioned import gathered
 
 
@@ -61,10 +61,7 @@ class Stage3Shards(ReplicatedShards):
         rows = torch.zeros((bottom - top) * in_features, dtype=shard.dtype, device=P.device)
         rows[mine] = shard
         rows = rows.view(-1, in_features)
-        if self.weight_masters is None:
-            merged = merged_weight(rows, rows_of_b, P, decay)
-        else:
-            merged = self.weight_masters.merge(name, rows, rows_of_b, P, decay)
+        merged = self.merged_rows(name, rows, rows_of_b, P, decay)
         shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[mine])
 
     def zero(self, layer: RSOLinear) -> None:

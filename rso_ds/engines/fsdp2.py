@@ -1,0 +1,159 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``) and HSDP: W and B cut along their rows, alike.
+
+Shard(0) cuts by the first dimension alone, so a rank's rows of B are its rows of W and the boundary sends
+nothing. On a 2-D mesh (replicas, shards) each replica does the same work on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard
+
+from rso_ds.boundary import Rounding, SolverShard
+from rso_ds.config import RSOConfig
+from rso_ds.engines.local_steps import average_
+from rso_ds.engines.replicated import ReplicatedShards, moments
+from rso_ds.errors import RSOUnsupportedError
+from rso_ds.layers import RSOLinear
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise ``RSOUnsupportedError`` for the older ``FullyShardedDataParallel`` class."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise RSOUnsupportedError(
+            "FullyShardedDataParallel (FSDP1) reduces the flat gradient of a whole unit, frozen W included, and cuts"
+            " parameters inside rows: RSO would save no traffic. Use FSDP2: torch.distributed.fsdp.fully_shard on each"
+            " block and on the model, after rso_ds.convert."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+class FSDPShards(ReplicatedShards):
+    """``model`` has been through ``rso_ds.convert``, then ``fully_shard``.
+
+    ``replicas``: for local steps, the process group of the ranks that hold the same rows; ``fully_shard`` was
+    then given the 1-D mesh of one replica's shards, so that it averages gradients inside the replica only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, RSOLinear],
+        solver: torch.optim.Optimizer,
+        config: RSOConfig,
+        replicas: Any = None,
+    ) -> None:
+        self._wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._reshard()
+        _refuse_mixed_dtypes(model)
+        _refuse_other_layouts(layers)
+        mesh = next(iter(layers.values())).weight.device_mesh  # type: ignore[attr-defined]
+        kind = mesh.device_type
+        device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
+        super().__init__(layers, solver, device, master_weights=config.master_weights)
+        self._replicas = mesh.get_group(0) if mesh.ndim == 2 else replicas
+        self._shard_group = mesh.get_group(mesh.ndim - 1)
+        self._piece = mesh.get_local_rank(mesh.ndim - 1)
+        _refuse_uneven_cover(mesh, replicas, config)
+
+    def begin(self) -> None:
+        self._reshard()
+
+    def _reshard(self) -> None:
+        # A forward pass without backward leaves the root's parameters whole: plain tensors that the next
+        # gather overwrites, so that a merge into them would be lost without a word.
+        for module in self._wrapped:
+            module.reshard()
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor), "gathered parameters must have been resharded"
+        return tensor._local_tensor
+
+    def average(self) -> None:
+        average_([self.rows(p) for p in (*(layer.B for layer in self.layers.values()), *self.dense)], self._replicas)
+
+    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+        rows = self.rows(layer.weight)
+        if rows.numel():
+            merged = self.merged_rows(name, rows, self.rows(layer.B).to(P.device), P, decay)
+            rows.copy_(rounding(merged, rows.dtype, f"{name}:{self._piece}"))
+
+    def zero(self, layer: RSOLinear) -> None:
+        self.rows(layer.B).zero_()
+
+    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+        rows = self.rows(layer.B)
+        first, second = moments(self.solver.state.get(layer.B, {}))
+        # Element 0 is that of this rank's own rows: no row is ever split between ranks.
+        return SolverShard(
+            0,
+            rows.numel(),
+            None if first is None else self.rows(first).view(-1),
+            None if second is None else self.rows(second).view(-1),
+        )
+
+    def replicated_weights(self) -> list[tuple[str, Tensor]]:
+        if self._replicas is None:
+            return []
+        return [(f"{name}.weight", self.rows(layer.weight)) for name, layer in self.layers.items()]
+
+    def whole(self, checksums: Tensor) -> Tensor:
+        summed = checksums.clone()
+        dist.all_reduce(summed, group=self._shard_group)
+        return summed
+
+
+def _refuse_uneven_cover(mesh: Any, replicas: Any, config: RSOConfig) -> None:
+    ranks = dist.get_world_size()
+    if config.communicate == "boundary":
+        if mesh.ndim != 1 or replicas is None:
+            raise RSOUnsupportedError(
+                "'communicate': 'boundary' under FSDP2 needs replicas that step apart: make a 2-D mesh (replicas,"
+                " shards), give fully_shard mesh['shards'] and RSO replicas=mesh['replicas'].get_group()."
+            )
+    elif mesh.size() != ranks or replicas is not None:
+        raise RSOUnsupportedError(
+            f"the mesh of fully_shard covers {mesh.size()} of {ranks} ranks, so that gradients are not averaged over"
+            " all: give it the whole 2-D mesh (replicas, shards) without replicas=, or use 'communicate': 'boundary'."
+        )
+
+
+def _refuse_mixed_dtypes(model: nn.Module) -> None:
+    owner: dict[nn.Module, nn.Module] = {}
+    seen: dict[nn.Module, tuple[str, torch.dtype]] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for inner in module.modules():  # type: ignore[attr-defined]
+                owner[inner] = module  # type: ignore[assignment]  # inner units come later and take their modules over
+    for name, module in model.named_modules():
+        for leaf, param in module.named_parameters(recurse=False):
+            unit = owner.get(module)
+            if unit is None or not param.requires_grad:
+                continue
+            first, dtype = seen.setdefault(unit, (f"{name}.{leaf}", param.dtype))
+            if dtype != param.dtype:
+                raise RSOUnsupportedError(
+                    f"FSDP2 needs one dtype for the trainable parameters of a unit: {first} is {dtype}, {name}.{leaf}"
+                    f" is {param.dtype}. Convert the model to one dtype before fully_shard, and choose the compute"
+                    " dtype with MixedPrecisionPolicy."
+                )
+
+
+def _refuse_other_layouts(layers: Mapping[str, RSOLinear]) -> None:
+    for name, layer in layers.items():
+        for param in (layer.weight, layer.B):
+            placements = param.placements if isinstance(param, DTensor) else None
+            if placements is None or placements[-1] != Shard(0) or any(p.is_shard() for p in placements[:-1]):
+                raise RSOUnsupportedError(
+                    f"layer '{name}' is laid out as {placements}: RSO needs fully_shard's Shard(0) on a 1-D mesh, or a"
+                    " 2-D mesh (replicas, shards), without ignored_params, shard_placement_fn or tensor parallelism."
+                )

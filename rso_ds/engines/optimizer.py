@@ -1,0 +1,119 @@
+"""RSO as a torch optimizer: one process, DistributedDataParallel, FSDP2 and HSDP.
+
+DeepSpeed has its own adapter in ``rso_ds.engines.deepspeed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rso_ds.boundary import Boundary
+from rso_ds.comm.agreement import agree_on_setup
+from rso_ds.comm.counter import install
+from rso_ds.config import RSOConfig
+from rso_ds.engines.ddp import replicated_shards
+from rso_ds.engines.fsdp2 import FSDPShards, is_sharded, refuse_fsdp1
+from rso_ds.engines.replicated import ReplicatedShards
+from rso_ds.errors import RSOCheckpointError, RSOConversionError
+from rso_ds.layers import check_conversion, rso_layers
+from rso_ds.optim.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
+
+
+def build_solver(groups: list[dict[str, Any]], config: RSOConfig) -> torch.optim.Optimizer:
+    """The torch optimizer that ``config.solver`` names, over ready-made groups."""
+    if config.solver == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.AdamW if config.solver == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+class RSO(torch.optim.Optimizer):
+    """Optimizer of a model converted by ``rso_ds.convert``; ``step`` also crosses subspace boundaries.
+
+    Args:
+        model: a module with RSO layers, already on its device and in its dtype; among several ranks, the
+            module after ``DistributedDataParallel(module)`` or ``fully_shard``.
+        config: the configuration that the model was converted with.
+        params: parameters or groups to train; default all trainable ones of the model.
+        replicas: under FSDP2 with ``communicate: "boundary"``, the process group of the ranks that hold the
+            same rows and step apart.
+
+    ``traffic`` counts what this process sends (``rso_ds.comm.CommCounter``). Raises ``RSOConversionError``
+    if the model has no RSO layer, ``RSOUnsupportedError`` for an unwrapped model among several ranks, FSDP1,
+    and layouts that cut W elsewhere than along its rows, ``RSOReplicaError`` if ranks disagree.
+
+        config = rso_ds.RSOConfig(lr=1e-3, rank_ratio=0.25)
+        rso_ds.convert(model, config)
+        model = DistributedDataParallel(model)
+        optimizer = rso_ds.RSO(model, config)
+    """
+
+    def __init__(
+        self, model: nn.Module, config: RSOConfig, params: Iterable[Any] | None = None, replicas: Any = None
+    ) -> None:
+        refuse_fsdp1(model)
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        layers = dict(rso_layers(bare))
+        if not layers:
+            raise RSOConversionError(
+                "the model has no RSO layer, so RSO would be plain AdamW: call rso_ds.convert(model, config) first."
+            )
+        check_conversion(layers, config)
+        agree_on_setup(layers, config)
+        groups = solver_groups(bare.parameters() if params is None else params, layers, {}, config)
+        self.solver = build_solver(groups, config)
+        self.traffic = install()
+        if config.proximal:
+            self.solver.register_step_pre_hook(proximal_hook(config))
+        super().__init__(self.solver.param_groups, self.solver.defaults)
+        self.follow_solver()
+        decays, where = layer_groups(layers, self.param_groups)
+        self._shards: ReplicatedShards
+        if is_sharded(model):
+            self._shards = FSDPShards(model, layers, self.solver, config, replicas)
+        else:
+            self._shards = replicated_shards(model, layers, self.solver, config)
+        if config.communicate == "boundary":
+            dense = [p for group in self.param_groups if not group[IS_SUBSPACE] for p in group["params"]]
+            self._shards.step_apart(dense, config.outer_momentum)
+        self.boundary = Boundary(config, layers, self._shards, decays, where)
+        self.boundary.materialize()
+        self.boundary.check_replicas()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        loss = self.solver.step(closure)
+        self.boundary.step_applied(lrs)
+        return loss
+
+    def follow_solver(self) -> None:
+        """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""
+        self.param_groups, self.state = self.solver.param_groups, self.solver.state
+
+    def outer_momentum_rows(self) -> dict[str, torch.Tensor]:
+        """Layer name -> fp32 momentum of this rank's rows of W; empty without ``outer_momentum``."""
+        return {} if self._shards.outer is None else self._shards.outer.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.solver.state_dict(), "rso": self.boundary.state_dict(), "rso_rows": self._kept_rows()}
+
+    def _kept_rows(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What the merge keeps beside W on this rank: fp32 masters and outer momentum."""
+        keepers = {"masters": self._shards.weight_masters, "outer_momentum": self._shards.outer}
+        return {what: dict(keeper.rows) for what, keeper in keepers.items() if keeper is not None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "rso" not in state_dict:
+            raise RSOCheckpointError("the optimizer state has no 'rso' entry: it was not saved by RSO.")
+        self.boundary.check_state(state_dict["rso"], "the optimizer state")
+        self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
+        self.follow_solver()
+        for what, keeper in (("masters", self._shards.weight_masters), ("outer_momentum", self._shards.outer)):
+            if keeper is not None:
+                keeper.rows = dict(state_dict["rso_rows"][what])
+        self.boundary.load_state_dict(state_dict["rso"])

@@ -1,0 +1,241 @@
+"""DDP and FSDP2 behind the few methods of DeepSpeed's engine that the training loop uses."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.comm.counter import install
+from rso_ds.config import RSOConfig
+from rso_ds.ds_json import optimizer_type, rso_config
+from rso_ds.engines.optimizer import RSO
+from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOUnsupportedError
+from rso_ds.layers import convert, summary_table
+from rso_ds.training.distributed import Place
+from rso_ds.training.groups import decay_groups
+
+CLIENT_FILE = "client.json"
+
+
+class TorchEngine:
+    """``kind`` "ddp" or "fsdp2"; ``replicas`` above 1 makes FSDP2 hybrid (HSDP).
+
+    Of the DeepSpeed JSON it takes the optimizer (RSO, AdamW or Adam), the scheduler, clipping, accumulation and
+    bf16: parameters stay in fp32 and are computed with in bf16 (autocast under DDP, ``MixedPrecisionPolicy``
+    under FSDP2, gradients reduced in fp32). ``zero_optimization`` says how DeepSpeed shards and is ignored.
+
+    Raises ``RSOUnsupportedError`` or ``RSOConfigError`` for what it does not take.
+    """
+
+    def __init__(self, model: nn.Module, ds_json: dict[str, Any], kind: str, place: Place, replicas: int = 1) -> None:
+        _refuse(ds_json, kind, replicas, place.world_size)
+        self.module, self.kind = model.to(place.device), kind
+        self.accumulation: int = ds_json["gradient_accumulation_steps"]
+        self.clip = float(ds_json.get("gradient_clipping") or 0.0)
+        self.skipped_steps, self._micro = 0, 0
+        self._bf16 = bool((ds_json.get("bf16") or {}).get("enabled"))
+        config = rso_config(ds_json) if optimizer_type(ds_json) == "RSO" else None
+        if config is not None:
+            convert(model, config)
+            if place.rank == 0:
+                print(summary_table(model, config), flush=True)
+        apart = config is not None and config.communicate == "boundary"
+        self._replica_group: Any = None  # ranks that together hold one copy of the model, if copies may differ
+        extra = self._wrap(place, replicas, apart)
+        self.traffic = install()
+        self.optimizer = _optimizer(self._wrapped, self.module, ds_json, config, extra)
+        if isinstance(self.optimizer, RSO):
+            self.rso = self.optimizer.boundary
+        self.scheduler = _scheduler(self.optimizer, ds_json)
+
+    def _wrap(self, place: Place, replicas: int, apart: bool) -> dict[str, Any]:
+        """Wrap the model; returns further arguments of ``RSO``."""
+        if self.kind == "ddp":
+            devices = [place.local_rank] if place.on_gpu else None
+            self._wrapped: Any = DistributedDataParallel(self.module, device_ids=devices)
+            if apart:
+                self._replica_group = dist.new_subgroups(1)[0]
+            return {}
+        shape, names = (place.world_size,), ("shards",)
+        if replicas > 1:
+            shape, names = (replicas, place.world_size // replicas), ("replicas", "shards")  # type: ignore[assignment]
+        mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=names)
+        if apart:
+            self._replica_group = mesh["shards"].get_group()
+        options: dict[str, Any] = {"mesh": mesh["shards"] if apart else mesh}
+        if self._bf16:
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in _blocks(self.module):
+            fully_shard(block, **options)
+        self._wrapped = fully_shard(self.module, **options)
+        return {"replicas": mesh["replicas"].get_group()} if apart and replicas > 1 else {}
+
+    # -- what the loop calls -------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    def train(self, mode: bool = True) -> None:
+        self._wrapped.train(mode)
+
+    def eval(self) -> None:
+        self._wrapped.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            last = (self._micro + 1) % self.accumulation == 0
+            if self.kind == "ddp":
+                self._wrapped.require_backward_grad_sync = last
+            else:
+                self._wrapped.set_requires_gradient_sync(last)
+        low = self._bf16 and self.kind == "ddp"
+        device = next(self.module.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16) if low else nullcontext():
+            return self._wrapped(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+        self._micro += 1
+
+    def step(self) -> None:
+        """Update once ``accumulation`` micro batches have come in; nothing before."""
+        if self._micro % self.accumulation:
+            return
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
+        """Model, solver and schedule by ``torch.distributed.checkpoint``; RSO's own state beside."""
+        target = Path(folder) / tag
+        if hasattr(self, "rso"):
+            self.rso.shards.begin()  # gathered parameters would be saved whole, as if they were replicated
+        model, solver = get_state_dict(self.module, self._solver)
+        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
+        state = {"model": model, "solver": solver, "scheduler": scheduler, "kept": self._kept()}
+        dcp.save(state, checkpoint_id=self._part(target), process_group=self._replica_group)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            if hasattr(self, "rso"):
+                write_state(target, self.rso.state_dict())
+            (target / CLIENT_FILE).write_text(json.dumps({**client_state, **self._identity()}))
+            latest = Path(folder) / "latest"
+            latest.with_suffix(".tmp").write_text(tag)
+            os.replace(latest.with_suffix(".tmp"), latest)
+        dist.barrier()
+
+    def load_checkpoint(self, folder: str) -> tuple[str, dict[str, Any]]:
+        """Raises ``RSOCheckpointError`` for a checkpoint of another engine, layout, model or configuration."""
+        target = Path(folder) / (Path(folder) / "latest").read_text().strip()
+        if not (target / CLIENT_FILE).is_file():
+            raise RSOCheckpointError(
+                f"{target / CLIENT_FILE} does not exist: not a checkpoint of --engine {self.kind}."
+            )
+        client = json.loads((target / CLIENT_FILE).read_text())
+        for key, value in self._identity().items():
+            if client.get(key) != value:
+                raise RSOCheckpointError(
+                    f"{target} was saved with {key} {client.get(key)!r}, this run has {value!r}: resume with the same."
+                )
+        boundary = read_state(target) if hasattr(self, "rso") else None
+        if boundary is not None:
+            self.rso.check_state(boundary, str(target))
+        model, solver = get_state_dict(self.module, self._solver)
+        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
+        state = {"model": model, "solver": solver, "scheduler": scheduler, "kept": self._kept()}
+        dcp.load(state, checkpoint_id=self._part(target), process_group=self._replica_group)
+        set_state_dict(self.module, self._solver, model_state_dict=model, optim_state_dict=solver)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if isinstance(self.optimizer, RSO):
+            self.optimizer.follow_solver()
+        if boundary is not None:
+            self.rso.load_state_dict(boundary)
+            self.rso.check_replicas()
+        return str(target), client
+
+    @property
+    def _solver(self) -> torch.optim.Optimizer:
+        return self.optimizer.solver if isinstance(self.optimizer, RSO) else self.optimizer
+
+    def _kept(self) -> dict[str, Any]:
+        """Outer momentum of local steps: on every rank, for this rank's rows."""
+        if not isinstance(self.optimizer, RSO):
+            return {}
+        rank = dist.get_rank()  # rows of different ranks must not pass for copies of one tensor
+        return {f"rank{rank}.{name}": rows for name, rows in self.optimizer.outer_momentum_rows().items()}
+
+    def _identity(self) -> dict[str, Any]:
+        shared = self._replica_group is None
+        return {"engine": self.kind, "world_size": dist.get_world_size(), "ranks_step_apart": not shared}
+
+    def _part(self, target: Path) -> Path:
+        """Where this rank's copy of the model is saved: copies that step apart each have a folder."""
+        if self._replica_group is None:
+            return target
+        return target / f"replica{dist.get_process_group_ranks(self._replica_group)[0]}"
+
+
+def _refuse(ds_json: dict[str, Any], kind: str, replicas: int, ranks: int) -> None:
+    if (ds_json.get("fp16") or {}).get("enabled"):
+        raise RSOUnsupportedError(f"--engine {kind} has no loss scaling: use --precision bf16 or fp32.")
+    zero = ds_json.get("zero_optimization") or {}
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            raise RSOUnsupportedError(f"--engine {kind} does not offload: remove zero_optimization.{key}.")
+    if replicas > 1 and kind != "fsdp2":
+        raise RSOConfigError(f"--replicas {replicas} divides the ranks of --engine fsdp2; {kind} has no shards.")
+    if ranks % replicas:
+        raise RSOConfigError(f"--replicas {replicas} does not divide {ranks} ranks.")
+
+
+def _optimizer(
+    wrapped: nn.Module, bare: nn.Module, ds_json: dict[str, Any], config: RSOConfig | None, extra: dict[str, Any]
+) -> torch.optim.Optimizer:
+    params = ds_json["optimizer"]["params"]
+    groups = decay_groups(bare, float(params.get("weight_decay", 0.0)))
+    if config is not None:
+        return RSO(wrapped, config, groups, **extra)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    kind = ds_json["optimizer"]["type"]
+    if kind.lower() not in kinds:
+        raise RSOUnsupportedError(f"optimizer type '{kind}' is DeepSpeed's: use RSO, AdamW or Adam here.")
+    options = {k: v for k, v in params.items() if k in ("lr", "betas", "eps")}
+    return kinds[kind.lower()](groups, **options)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, ds_json: dict[str, Any]) -> Any:
+    """DeepSpeed's own schedule, so that the engines take the same steps."""
+    block = ds_json.get("scheduler")
+    if not block:
+        return None
+    from deepspeed.runtime import lr_schedules
+
+    if block.get("type") not in lr_schedules.VALID_LR_SCHEDULES:
+        raise RSOConfigError(f"scheduler.type must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}.")
+    return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: members of the longest list of modules."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len, default=()))

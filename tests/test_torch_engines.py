@@ -1,0 +1,63 @@
+"""DDP on two real ranks, FSDP2 on two and four, HSDP on two times two, against the float64 reference.
+
+13 steps, 4 boundaries, as for DeepSpeed (tests/test_deepspeed_equivalence.py). ``pytest -s`` prints the
+largest differences.
+"""
+
+from __future__ import annotations
+
+import pytest
+import tiny_llama
+import torch
+from ranks import run_ranks
+from reference import Settings, train
+from reference_local import train_apart
+from torch_cases import MICRO, RANK, four_rank_cases, two_rank_cases
+
+pytest.importorskip("transformers")
+CASES = {(2, n): c for n, c in two_rank_cases().items()} | {(4, n): c for n, c in four_rank_cases().items()}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("torch_engines")
+    found = {}
+    for world in (2, 4):
+        run_ranks("torch_engines", out, world)
+        saved = torch.load(out / f"torch_engines{world}.pt", weights_only=False)
+        found |= {(world, name): result for name, result in saved.items()}
+    return found
+
+
+def settings_of(spec):
+    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "lean", "communicate", "outer_momentum")}
+    groups = tiny_llama.groups()
+    if rso.pop("share_projection", "input") == "shape":
+        groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
+    return Settings(groups=groups, rank=spec["rso"]["rank"], clip=spec["clip"], **rso)
+
+
+def reference(spec, world):
+    model = tiny_llama.build(spec["intermediate"]).double()
+    all_ids = [tiny_llama.tokens(i, MICRO * world * spec["gas"]) for i in range(spec["steps"])]
+    if spec["rso"].get("communicate") == "boundary":
+        replicas = 2  # of one rank each under DDP, of two ranks each under HSDP
+        batches = [[list(part.split(MICRO)) for part in ids.chunk(replicas)] for ids in all_ids]
+        momentum = spec["rso"].get("outer_momentum", 0.0)
+        return train_apart(model, settings_of(spec), tiny_llama.loss_of, batches, momentum)
+    return train(model, settings_of(spec), tiny_llama.loss_of, [list(ids.split(MICRO)) for ids in all_ids])
+
+
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_equals_reference(results, world, name):
+    spec, got = CASES[world, name], results[world, name]
+    assert "error" not in got, got.get("error")
+    expected = reference(spec, world)
+    assert got["applied"] == spec["steps"]
+    assert got["draw"] == spec["steps"] // 3 == 4
+    assert set(expected.weights) == set(got["weights"])
+    loss_diff = max(abs(a - b) for a, b in zip(got["losses"], expected.losses, strict=True))
+    weight_diff = max((got["weights"][n].double() - w).abs().max().item() for n, w in expected.weights.items())
+    print(f"\n{world} ranks {name:28} loss {loss_diff:.1e} weight {weight_diff:.1e}")
+    assert loss_diff < spec["tolerance"]
+    assert weight_diff < spec["tolerance"]

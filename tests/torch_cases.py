@@ -1,0 +1,84 @@
+"""The configurations in which DDP, FSDP2 and HSDP training is compared with the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STEPS, RANK, MICRO = 13, 5, 2
+RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3}
+
+
+def case(
+    engine: str,
+    rso: dict[str, Any] | None = None,
+    gas: int = 1,
+    clip: float = 0.0,
+    intermediate: int = 86,
+    checkpointing: str | None = None,
+    evaluate: bool = False,
+    reshard: bool = True,
+    hook: str | None = None,
+    precision: str = "fp32",
+    tolerance: float = 2e-5,
+    steps: int = STEPS,
+) -> dict[str, Any]:
+    """``evaluate``: a forward pass without backward before every step; ``reshard``: FSDP2's
+    ``reshard_after_forward``; ``hook``: DDP communication hook; cases of local steps end
+    at a boundary, where the reference has one model."""
+    return {
+        "engine": engine,
+        "rso": {**RSO_DEFAULTS, **(rso or {})},
+        "gas": gas,
+        "clip": clip,
+        "intermediate": intermediate,
+        "checkpointing": checkpointing,
+        "evaluate": evaluate,
+        "reshard": reshard,
+        "hook": hook,
+        "precision": precision,
+        "tolerance": tolerance,
+        "steps": steps,
+    }
+
+
+def two_rank_cases() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for engine in ("ddp", "fsdp2"):
+        cases[engine] = case(engine)
+        cases[f"{engine}-gas2"] = case(engine, gas=2)
+        cases[f"{engine}-clip"] = case(engine, clip=0.3)
+        cases[f"{engine}-uneven"] = case(engine, intermediate=85)
+        cases[f"{engine}-project-uneven"] = case(engine, {"carry_over": "project"}, intermediate=85)
+        cases[f"{engine}-reset"] = case(engine, {"carry_over": "reset"})
+        cases[f"{engine}-keep_second"] = case(engine, {"carry_over": "keep_second"})
+        cases[f"{engine}-decay-proximal"] = case(engine, {"weight_decay": 0.1, "proximal": 0.3})
+        cases[f"{engine}-dense_lr-gaussian"] = case(engine, {"dense_lr": 3e-4, "sampler": "gaussian"})
+        cases[f"{engine}-adam-coordinate"] = case(engine, {"solver": "adam", "sampler": "coordinate"})
+        cases[f"{engine}-sgd"] = case(engine, {"solver": "sgd", "carry_over": "project", "lr": 1e-2})
+        cases[f"{engine}-shared_by_shape"] = case(engine, {"share_projection": "shape", "carry_over": "project"})
+        cases[f"{engine}-stock_block"] = case(engine, {"lean": "none"})
+        for kind in ("reentrant", "non_reentrant"):
+            cases[f"{engine}-checkpointing-{kind}"] = case(engine, checkpointing=kind)
+        cases[f"{engine}-evaluate"] = case(engine, evaluate=True)
+    cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
+    cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
+    cases["ddp-compressed-bf16"] = case("ddp", hook="bf16", tolerance=2e-3)
+    cases["ddp-compressed-int8"] = case("ddp", hook="int8", tolerance=1e-2)
+    cases["fsdp2-evaluate-kept"] = case("fsdp2", evaluate=True, reshard=False)
+    cases["fsdp2-bf16"] = case("fsdp2", precision="bf16", tolerance=5e-3)
+    return cases
+
+
+def four_rank_cases() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for engine in ("hsdp", "fsdp2"):
+        cases[engine] = case(engine)
+        cases[f"{engine}-uneven"] = case(engine, intermediate=85)
+        cases[f"{engine}-clip-gas2-project"] = case(engine, {"carry_over": "project"}, gas=2, clip=0.3)
+        cases[f"{engine}-coordinate-decay"] = case(engine, {"sampler": "coordinate", "weight_decay": 0.1})
+    # 5 rows on 4 ranks: pieces of 2, 2, 1 and none.
+    cases["fsdp2-empty_shards"] = case("fsdp2", {"rank": 2}, intermediate=5)
+    cases["hsdp-evaluate-kept"] = case("hsdp", evaluate=True, reshard=False)
+    cases["hsdp-local"] = case("hsdp", {"communicate": "boundary"}, steps=12)
+    cases["ddp"] = case("ddp")
+    return cases

@@ -1,0 +1,112 @@
+"""One rank: train every case of tests/torch_cases.py under DDP, FSDP2 or HSDP, save what it did."""
+
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+import tiny_llama
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch_cases import MICRO, four_rank_cases, two_rank_cases
+
+import rso_ds
+from rso_ds.checkpoint import dense_state_dict
+from rso_ds.comm import BucketCompression, compress_hook, install
+
+OUT = Path(sys.argv[1])
+
+
+def wrap(model, spec):
+    """(wrapped model, keyword arguments for RSO)."""
+    if spec["engine"] == "ddp":
+        wrapped = DistributedDataParallel(model)
+        if spec["hook"]:
+            wrapped.register_comm_hook(BucketCompression(wrapped, spec["hook"]), compress_hook)
+        return wrapped, {}
+    options = {"reshard_after_forward": spec["reshard"]}
+    extra = {}
+    if spec["precision"] == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if spec["engine"] == "hsdp":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        options["mesh"] = mesh
+        if spec["rso"].get("communicate") == "boundary":
+            options["mesh"] = mesh["shards"]
+            extra["replicas"] = mesh["replicas"].get_group()
+    else:
+        options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model, extra
+
+
+def run(spec):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = rso_ds.RSOConfig(**spec["rso"])
+    model = tiny_llama.build(spec["intermediate"])
+    if spec["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
+    rso_ds.convert(model, config)
+    bare = model
+    model, extra = wrap(model, spec)
+    optimizer = rso_ds.RSO(model, config, **extra)
+    model.train()
+    losses, traffic = [], install()
+    before = {kind: traffic.total(kind) for kind in ("gradient", "weights", "boundary")}
+    for step in range(spec["steps"]):
+        ids = tiny_llama.tokens(step, MICRO * world * spec["gas"])
+        if spec["evaluate"]:
+            with torch.no_grad():
+                tiny_llama.loss_of(model, ids[:MICRO])
+        total = 0.0
+        optimizer.zero_grad()
+        micros = ids.view(spec["gas"], world, MICRO, -1)[:, rank]
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1
+            sync = nullcontext() if last or spec["engine"] != "ddp" else model.no_sync()
+            if spec["engine"] != "ddp":
+                model.set_requires_gradient_sync(last)
+            with sync:
+                loss = tiny_llama.loss_of(model, micro) / spec["gas"]
+                loss.backward()
+            total += loss.item()
+        if spec["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), spec["clip"])
+        optimizer.step()
+        losses.append(total)
+    mean = torch.tensor(losses)
+    dist.all_reduce(mean)
+    return {
+        "losses": (mean / world).tolist(),
+        "draw": optimizer.boundary.draw,
+        "applied": optimizer.boundary.applied_steps,
+        "trainable": sum(p.numel() for p in bare.parameters() if p.requires_grad),
+        "bytes": {kind: traffic.total(kind) - n for kind, n in before.items()},
+        "weights": dense_state_dict(bare),
+    }
+
+
+dist.init_process_group("gloo")
+cases = two_rank_cases() if dist.get_world_size() == 2 else four_rank_cases()
+only = os.environ.get("ONLY", "").split()
+results = {}
+for name, spec in cases.items():
+    if only and name not in only:
+        continue
+    print("CASE", name, flush=True)
+    try:
+        results[name] = run(spec)
+    except Exception:
+        traceback.print_exc()
+        results[name] = {"error": traceback.format_exc()}
+    if dist.get_rank() == 0:
+        torch.save(results, OUT / f"torch_engines{dist.get_world_size()}.pt")
+dist.barrier()
+dist.destroy_process_group()
