@@ -42,13 +42,17 @@ def table(runs: list[str], output: Path) -> str:
         lines.append(f"| {tokens:,} | " + " | ".join(f"{curves[r][tokens]:.4f}" for r in runs) + " |")
     for key, label, scale in (
         ("tokens_per_second", "tokens/s, median", 1),
-        ("grad_bytes_sent", "gradient MB a rank and step", 1e6),
+        ("comm_bytes", "gradient MB a rank and step", 1e6),
         ("peak_memory_bytes", "peak memory of rank 0, MiB", 2**20),
     ):
-        values = [[m[key] / scale for m in metrics[r] if key in m] for r in runs]
+        values = [[_number(m[key]) / scale for m in metrics[r] if key in m] for r in runs]
         shown = [max(v) if key == "peak_memory_bytes" else median(v) for v in values]
         lines.append(f"| {label} | " + " | ".join(f"{x:,.2f}" for x in shown) + " |")
     return "\n".join(lines)
+
+
+def _number(value: float | dict[str, float]) -> float:
+    return value["gradient"] if isinstance(value, dict) else value
 
 
 def main() -> None:

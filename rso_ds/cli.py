@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from rso_ds.comm import command as comm
 from rso_ds.config import RSOConfig
 from rso_ds.ds_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOError
-from rso_ds.memory.command import add_arguments, read_rso_json, run
+from rso_ds.memory import command as memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,26 +24,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     check.add_argument("--deepspeed", required=True, help="DeepSpeed JSON")
     check.add_argument("--model", default="llama-7b", help="named shape or folder with a config.json [llama-7b]")
     check.add_argument("--vocab-size", type=int, default=32000, help="vocabulary of a named shape [32000]")
-    add_arguments(
+    memory.add_arguments(
         commands.add_parser("memory", help="what one rank needs in memory, counted without allocating the model")
     )
+    comm.add_arguments(
+        commands.add_parser("comm", help="what ranks exchange in a step, and how long that takes on a given network")
+    )
     args = parser.parse_args(argv)
+    actions = {"memory": memory.run, "comm": comm.run, "check": _check}
     try:
-        print(run(args) if args.command == "memory" else _check(args.deepspeed, args.model, args.vocab_size))
+        print(actions[args.command](args))
     except RSOError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _check(path: str, model_name: str, vocab_size: int) -> str:
-    """The start-up table of ``model_name`` under the JSON at ``path``; "auto" values count as defaults."""
+def _check(args: argparse.Namespace) -> str:
+    """The start-up table of a model under a JSON; "auto" values count as defaults."""
     from rso_ds.layers import convert, summary_table
     from rso_ds.models import load_model
 
-    config = read_rso_json(path)
+    config = memory.read_rso_json(args.deepspeed)
     rso: RSOConfig = rso_config(config)
     refuse_unsupported(config)
     with torch.device("meta"):
-        model = load_model(model_name, vocab_size, 2048, pretrained=False)
+        model = load_model(args.model, args.vocab_size, 2048, pretrained=False)
     convert(model, rso)
     return summary_table(model, rso)
 

@@ -3,58 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("deepspeed")
-from rso_ds.training.corpus import Corpus
-from rso_ds.training.dataset import PackedTokens, token_file
+from train_workspace import REAL_TEXT, SAVE, STEPS, Workspace
+
 from rso_ds.training.distributed import Place
 from rso_ds.training.evaluation import held_out_loss
-from rso_ds.training.tokenization import load_tokenizer
-
-ROOT = Path(__file__).parent.parent
-STEPS, SAVE = 12, 6
-REAL_TEXT = ROOT.parent / "shared" / "data" / "eltec-eng"
-BASE = ["--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--vocab-size", "400"]
-BASE += ["--log-interval", "1", "--eval-interval", "4", "--eval-tokens", "1500"]
-BASE += ["--sample-tokens", "5", "--save-interval", str(SAVE)]
-
-
-class Workspace:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = folder / "text.txt"
-        self.data.write_text("".join(f"{i} bottles of beer on the wall, {i} bottles of beer\n" for i in range(1500)))
-        self.cache = folder / "cache"
-
-    def run(self, output: str, *flags: str, ranks: int = 2, steps: int | None = STEPS) -> subprocess.CompletedProcess:
-        launcher = Path(sys.executable).parent / "deepspeed"
-        command = [str(launcher), "--num_gpus", str(ranks), "launch/train.py", "--output", str(self.folder / output)]
-        command += ["--cache", str(self.cache), "--data", str(self.data), *BASE]
-        command += [] if steps is None else ["--max-steps", str(steps)]
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
-        env["PYTHONWARNINGS"] = "ignore"
-        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
-
-    def metrics(self, output: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / output / "metrics.jsonl").read_text().splitlines()]
-
-    def model(self, output: str):
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(self.folder / output / "model").eval()
-
-    def held_out(self, seq_len: int = 32) -> PackedTokens:
-        corpus = Corpus(str(self.data))
-        tokenizer = load_tokenizer(None, corpus, 400, self.cache)
-        return PackedTokens(token_file(corpus, "held_out", tokenizer, self.cache), seq_len)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +41,7 @@ def test_metrics_have_every_promised_key(space, finished):
     steps = {m["step"]: m for m in space.metrics("full")}
     assert sorted(steps) == list(range(STEPS + 1))
     for step in range(1, STEPS + 1):
-        assert {"loss", "lr", "tokens", "tokens_per_second", "grad_bytes_sent", "peak_memory_bytes"} <= set(steps[step])
+        assert {"loss", "lr", "tokens", "tokens_per_second", "comm_bytes", "peak_memory_bytes"} <= set(steps[step])
         assert steps[step]["tokens"] == step * 8 * 32
     assert [s for s, m in steps.items() if "val_loss" in m] == [0, 4, 8, 12]
     assert steps[12]["val_loss"] < steps[0]["val_loss"]
@@ -95,7 +53,7 @@ def test_bytes_sent_are_those_of_the_start_up_table(space, finished):
     """fp32, accumulation 2 at ZeRO-2 (which reduces each micro step): 2 x 4 bytes x communicated."""
     communicated = next(line for line in finished.stdout.splitlines() if "communicated" in line)
     elements = int(communicated.split()[1].replace(",", ""))
-    assert space.metrics("full")[-1]["grad_bytes_sent"] == pytest.approx(2 * 4 * elements, rel=0.01)
+    assert space.metrics("full")[-1]["comm_bytes"]["gradient"] == pytest.approx(2 * 4 * elements, rel=0.01)
 
 
 def test_output_ends_with_sample_perplexities_and_place(space, finished):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,8 +139,9 @@ class CommCounter:
             return "other"
         if op == "all_gather":
             return "weights"
-        # A task id is set in threads that are running a backward pass.
-        backward = self._phase == BACKWARD or torch._C._current_graph_task_id() != -1
+        # A task id is set in threads that are running a backward pass; callbacks of hooks have threads of their own.
+        elsewhere = threading.current_thread() is not threading.main_thread()
+        backward = self._phase == BACKWARD or elsewhere or torch._C._current_graph_task_id() != -1
         return "gradient" if backward and op in _REDUCTIONS else "other"
 
     def _group(self, script_group: Any) -> tuple[int, str]:

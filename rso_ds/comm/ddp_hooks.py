@@ -57,14 +57,19 @@ def _checked(model: nn.Module) -> DistributedDataParallel:
             f"communication hooks belong to DistributedDataParallel, and this is {type(model).__name__}: wrap the model"
             " first. Under FSDP2 convert the model (rso_ds.convert), which needs no hook."
         )
+    refuse_second_hook(model)
+    if dist.get_world_size(model.process_group) == 1:
+        raise RSOUnsupportedError("there is one rank and nothing to exchange: register no communication hook.")
+    return model
+
+
+def refuse_second_hook(model: DistributedDataParallel) -> None:
+    """Raise ``RSOUnsupportedError`` if ``model`` has a communication hook."""
     if model._comm_hooks:
         raise RSOUnsupportedError(
             f"the model has the communication hook {getattr(model._comm_hooks[0][0], '__name__', 'unknown')} already:"
             " DistributedDataParallel takes one, once. Keep one of the two."
         )
-    if dist.get_world_size(model.process_group) == 1:
-        raise RSOUnsupportedError("there is one rank and nothing to exchange: register no communication hook.")
-    return model
 
 
 def finished(value: Tensor) -> torch.futures.Future[Tensor]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rso_ds.comm.ddp_hooks import refuse_second_hook
 from rso_ds.subspace import add_lifted_
 
 
@@ -54,6 +55,7 @@ class OuterMomentum:
 def keep_gradients_local(model: nn.Module) -> None:
     """Let ``DistributedDataParallel`` average nothing: its buckets come back as they are."""
     if isinstance(model, DistributedDataParallel):
+        refuse_second_hook(model)
         model.register_comm_hook(None, _local)
 
 

@@ -74,6 +74,8 @@ class Job:
             args.save(self.output / "config.yaml")
             (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
         self.first_step = self._resume()
+        if args.profile_memory and args.engine != "deepspeed":
+            raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
         self.display = Display(self.steps, self.first_step, place.rank == 0)

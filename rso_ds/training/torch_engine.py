@@ -24,6 +24,7 @@ from rso_ds.ds_json import optimizer_type, rso_config
 from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import convert, summary_table
+from rso_ds.memory.trace import block_names
 from rso_ds.training.distributed import Place
 from rso_ds.training.groups import decay_groups
 
@@ -78,8 +79,8 @@ class TorchEngine:
         options: dict[str, Any] = {"mesh": mesh["shards"] if apart else mesh}
         if self._bf16:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in _blocks(self.module):
-            fully_shard(block, **options)
+        for name in block_names(self.module):
+            fully_shard(self.module.get_submodule(name), **options)
         self._wrapped = fully_shard(self.module, **options)
         return {"replicas": mesh["replicas"].get_group()} if apart and replicas > 1 else {}
 
@@ -233,9 +234,3 @@ def _scheduler(optimizer: torch.optim.Optimizer, ds_json: dict[str, Any]) -> Any
     if block.get("type") not in lr_schedules.VALID_LR_SCHEDULES:
         raise RSOConfigError(f"scheduler.type must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}.")
     return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: members of the longest list of modules."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len, default=()))

@@ -1,0 +1,235 @@
+"""What ranks exchange in one optimizer step, in closed form.
+
+The rules are those of DeepSpeed 0.19, FSDP2 and DistributedDataParallel as they were counted on live ranks
+(tests/test_comm_bytes.py): padding included, flags and norms of a few bytes left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from rso_ds.errors import RSOConfigError
+from rso_ds.layers import rso_layers
+from rso_ds.memory.states import Engine
+from rso_ds.memory.trace import block_names
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """``unit``: index of the transformer block that holds it, None outside; ``group``: index of the optimizer's
+    parameter group, None if frozen."""
+
+    shape: tuple[int, ...]
+    unit: int | None
+    group: int | None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
+    compared at a boundary every ``interval`` steps; ``interval`` 0: there is none."""
+
+    parameters: tuple[Parameter, ...]
+    projections: int = 0
+    weights: int = 0
+    interval: int = 0
+    local_steps: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, interval: int = 0, local_steps: bool = False) -> Exchange:
+        """Read off a converted or dense model, on any device; groups as ``launch/train.py`` makes them: B,
+        dense matrices, vectors."""
+        layers = [layer for _, layer in rso_layers(model)]
+        b = {id(layer.B) for layer in layers}
+        unit = {id(p): i for i, name in enumerate(block_names(model)) for p in model.get_submodule(name).parameters()}
+        found = []
+        for p in model.parameters():
+            kind = 0 if id(p) in b else 1 if p.dim() > 1 else 2
+            found.append(Parameter(tuple(p.shape), unit.get(id(p)), kind if p.requires_grad else None))
+        spaces = {id(layer.subspace) for layer in layers}
+        return cls(tuple(found), len(spaces), len(layers), interval if layers else 0, local_steps and bool(layers))
+
+    @property
+    def trained(self) -> list[Parameter]:
+        return [p for p in self.parameters if p.group is not None]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Collectives of one kind in a step. ``kind`` as ``rso_ds.comm.KINDS``; ``over``: "world", "shards" or
+    "replicas" (HSDP); ``payload``: bytes that a rank hands over in a step; ``calls``: about how many."""
+
+    kind: str
+    op: str
+    over: str
+    payload: float
+    calls: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the state lies: an ``Engine`` of kind "zero", "ddp" or "fsdp2", over ``replicas`` copies (HSDP);
+    ``hpz``: ranks that share ZeRO++'s secondary copy; ``reduce_itemsize``: bytes of a gradient element sent."""
+
+    engine: Engine
+    replicas: int = 1
+    hpz: int = 1
+    reduce_itemsize: int = 4
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], gpus: int, kind: str = "zero", replicas: int = 1) -> Layout:
+        """From a DeepSpeed JSON. Raises ``RSOConfigError``."""
+        engine = Engine.from_json(config, gpus, kind)
+        wanted = config.get("communication_data_type")
+        sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: engine.itemsize if kind == "zero" else 4}
+        if wanted not in sizes:
+            raise RSOConfigError(f"communication_data_type must be fp32, fp16 or bf16, got {wanted!r}.")
+        hpz = (config.get("zero_optimization") or {}).get("zero_hpz_partition_size", 1)
+        return cls(engine, replicas, int(hpz), sizes[wanted])
+
+    def __post_init__(self) -> None:
+        if self.engine.gpus % self.replicas:
+            raise RSOConfigError(f"--replicas {self.replicas} does not divide {self.engine.gpus} GPUs.")
+
+    @property
+    def shards(self) -> int:
+        return self.engine.gpus // self.replicas
+
+
+def transfers(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    """Everything a rank hands to collectives in one step; what happens once an interval, divided by it."""
+    if layout.engine.gpus == 1:
+        return []
+    rules: dict[str, Callable[[Exchange, Layout], list[Transfer]]] = {"ddp": _ddp, "fsdp2": _fsdp2, "zero": _zero}
+    found = rules[layout.engine.kind](exchange, layout)
+    if exchange.local_steps:
+        sharded = layout.engine.kind == "fsdp2"
+        trained = sum(_piece(p, layout.shards) if sharded else p.numel for p in exchange.trained)
+        over = "replicas" if sharded else "world"
+        found.append(Transfer("boundary", "all_reduce", over, 4 * trained / exchange.interval, 1 / exchange.interval))
+    if exchange.interval:
+        found += _checksums(exchange, layout)
+    return [t for t in found if t.payload]
+
+
+def powersgd(exchange: Exchange, layout: Layout, rank: int) -> list[Transfer]:
+    """Torch's PowerSGD hook under DDP, after its first dense iterations: P and Q of every matrix that they
+    make smaller (``min_compression_rate`` 1), the rest as it is. Two collectives, one after the other."""
+    left, right, rest = 0, 0, 0
+    for p in exchange.trained:
+        rows, columns = p.shape[0], p.numel // p.shape[0]
+        if len(p.shape) > 1 and (rows + columns) * rank < rows * columns:
+            left += rows * rank
+            right += columns * rank
+        else:
+            rest += p.numel
+    sizes = (rest, left, right)
+    return [Transfer("gradient", "all_reduce", "world", 4 * n) for n in sizes if n and layout.engine.gpus > 1]
+
+
+def _ddp(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    if exchange.local_steps:
+        return []
+    trained = sum(p.numel for p in exchange.trained)
+    buckets = max(1, 4 * trained / (25 << 20))  # DDP's default bucket
+    return [Transfer("gradient", "all_reduce", "world", layout.reduce_itemsize * trained, buckets)]
+
+
+def _fsdp2(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    shards, e = layout.shards, layout.engine.itemsize
+    gathered = reduced = 0
+    units = {p.unit for p in exchange.parameters}
+    for p in exchange.parameters:
+        piece = _piece(p, shards)
+        # Blocks are dropped after forward and gathered again in backward; the root unit stays.
+        gathered += piece * (1 if p.unit is None else 2) * layout.engine.accumulation
+        if p.group is not None:
+            reduced += piece * shards
+    result = []
+    if shards > 1:
+        calls = 2 * len(units) - 1
+        result.append(Transfer("weights", "all_gather", "shards", e * gathered, calls * layout.engine.accumulation))
+        result.append(Transfer("gradient", "reduce_scatter", "shards", 4 * reduced, len(units)))
+    if layout.replicas > 1 and not exchange.local_steps:
+        result.append(Transfer("gradient", "all_reduce", "replicas", 4 * reduced / shards, len(units)))
+    return result
+
+
+def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    engine, n = layout.engine, layout.engine.gpus
+    trained = sum(p.numel for p in exchange.trained)
+    if engine.stage == 0:
+        return [Transfer("gradient", "all_reduce", "world", layout.reduce_itemsize * trained, _buckets(trained, 5e8))]
+    times = engine.accumulation if engine.stage > 1 else 1
+    if engine.stage < 3:
+        flat = [_flat(exchange.trained, group, n) for group in range(3)]
+        calls = _buckets(trained, engine.reduce_bucket) * times
+        return [
+            Transfer("gradient", "all_reduce", "world", layout.reduce_itemsize * trained * times, calls),
+            Transfer("weights", "all_gather", "world", engine.itemsize * sum(flat) / n, sum(1 for f in flat if f)),
+        ]
+    padded = sum(-(-p.numel // n) * n for p in exchange.trained)
+    result = [
+        Transfer(
+            "gradient",
+            "reduce_scatter",
+            "world",
+            layout.reduce_itemsize * padded * times,
+            _buckets(trained, engine.reduce_bucket) * times,
+        )
+    ]
+    small = [p for p in exchange.parameters if p.numel <= engine.persistence]
+    large = [p for p in exchange.parameters if p.numel > engine.persistence]
+    once = engine.itemsize * sum(-(-p.numel // n) for p in small)
+    often = engine.itemsize * sum(-(-p.numel // n) for p in large)
+    # Kept from forward to backward where it all fits; gathered anew in backward otherwise.
+    twice = sum(p.numel for p in exchange.parameters) > min(engine.max_live, engine.max_reuse)
+    if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
+        result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
+    result.append(Transfer("weights", "all_gather", "world", once + often * times, len(large) * times + 1))
+    if twice and layout.hpz > 1:
+        inner = engine.itemsize * sum(-(-p.numel // layout.hpz) for p in large)
+        result.append(Transfer("weights", "all_gather", "shards", inner * times, len(large) * times))
+    elif twice:
+        result.append(Transfer("weights", "all_gather", "world", often * times, len(large) * times))
+    return result
+
+
+def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    """Minimum and maximum of one int64 for each P, and each W that several ranks hold."""
+    whole = layout.engine.kind == "ddp" or (layout.engine.kind == "zero" and layout.engine.stage < 3)
+    copies = exchange.weights if whole or layout.replicas > 1 else 0
+    sent = 2 * 8 * (exchange.projections + copies)
+    result = [Transfer("boundary", "all_reduce", "world", sent / exchange.interval, 2 / exchange.interval)]
+    if layout.replicas > 1 and layout.shards > 1:
+        result.append(
+            Transfer("boundary", "all_reduce", "shards", 8 * copies / exchange.interval, 1 / exchange.interval)
+        )
+    return result
+
+
+def _piece(p: Parameter, shards: int) -> int:
+    """Elements of the largest piece of a parameter that FSDP2 has cut by rows."""
+    return -(-p.shape[0] // shards) * (p.numel // p.shape[0])
+
+
+def _buckets(elements: int, size: float) -> float:
+    return max(1.0, elements / size)
+
+
+def _flat(params: Sequence[Parameter], group: int, ranks: int) -> int:
+    """Elements of a ZeRO 1-2 group laid end to end and padded to twice the ranks."""
+    total = sum(p.numel for p in params if p.group == group)
+    return -(-total // (2 * ranks)) * 2 * ranks
+
+
+__all__ = ["Exchange", "Layout", "Parameter", "Transfer", "powersgd", "transfers"]

@@ -1,0 +1,50 @@
+"""A folder with text to train on, and launch/train.py as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rso_ds.training.corpus import Corpus
+from rso_ds.training.dataset import PackedTokens, token_file
+from rso_ds.training.tokenization import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVE = 12, 6
+REAL_TEXT = ROOT.parent / "shared" / "data" / "eltec-eng"
+BASE = ["--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--vocab-size", "400"]
+BASE += ["--log-interval", "1", "--eval-interval", "4", "--eval-tokens", "1500"]
+BASE += ["--sample-tokens", "5", "--save-interval", str(SAVE)]
+
+
+class Workspace:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "text.txt"
+        self.data.write_text("".join(f"{i} bottles of beer on the wall, {i} bottles of beer\n" for i in range(1500)))
+        self.cache = folder / "cache"
+
+    def run(self, output: str, *flags: str, ranks: int = 2, steps: int | None = STEPS) -> subprocess.CompletedProcess:
+        launcher = Path(sys.executable).parent / "deepspeed"
+        command = [str(launcher), "--num_gpus", str(ranks), "launch/train.py", "--output", str(self.folder / output)]
+        command += ["--cache", str(self.cache), "--data", str(self.data), *BASE]
+        command += [] if steps is None else ["--max-steps", str(steps)]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+        env["PYTHONWARNINGS"] = "ignore"
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+
+    def metrics(self, output: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / output / "metrics.jsonl").read_text().splitlines()]
+
+    def model(self, output: str):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder / output / "model").eval()
+
+    def held_out(self, seq_len: int = 32) -> PackedTokens:
+        corpus = Corpus(str(self.data))
+        tokenizer = load_tokenizer(None, corpus, 400, self.cache)
+        return PackedTokens(token_file(corpus, "held_out", tokenizer, self.cache), seq_len)

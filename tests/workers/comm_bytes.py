@@ -1,0 +1,133 @@
+"""One rank: count the bytes of a few steps of every engine and method; save them beside the closed form."""
+
+import contextlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from comm_cases import INTERVAL, STEPS, cases
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import rso_ds
+from rso_ds.comm import install
+from rso_ds.comm.exchange import Exchange, Layout, powersgd, transfers
+from rso_ds.memory.methods import method
+from rso_ds.models import llama_config
+from rso_ds.training.distributed import Place
+from rso_ds.training.groups import decay_groups
+from rso_ds.training.torch_engine import TorchEngine
+
+OUT = Path(sys.argv[1])
+PLACE = None
+
+
+def build(spec):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = llama_config(spec["model"], spec["vocab"])
+    config.num_hidden_layers = spec["blocks"] or config.num_hidden_layers
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def ds_json(spec):
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    if spec["method"] == "rso":
+        optimizer = {"type": "RSO", "params": {"interval": INTERVAL, "torch_adam": True, **spec["rso"]}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": spec["gas"],
+        "gradient_clipping": 0.0,
+        "optimizer": optimizer,
+        "zero_optimization": {"stage": spec["stage"], **spec["zero"]},
+        **spec["json"],
+    }
+
+
+def engine_of(spec, model):
+    config = ds_json(spec)
+    if spec["engine"] == "zero":
+        import deepspeed
+
+        from rso_ds.engines.deepspeed import count_traffic, initialize
+
+        start = initialize if spec["method"] == "rso" else deepspeed.initialize
+        engine, *_ = start(model=model, model_parameters=decay_groups(model, 0.0), config=config)
+        if spec["method"] != "rso":
+            count_traffic(engine)
+        return engine
+    engine = TorchEngine(model, config, spec["engine"], PLACE, spec["replicas"])
+    if spec["method"] == "powersgd":
+        # It starts collectives from callbacks, whose order over several buckets gloo does not keep.
+        engine._wrapped = DistributedDataParallel(model, bucket_cap_mb=1000)
+        state = powerSGD_hook.PowerSGDState(
+            None, spec["rank"], start_powerSGD_iter=2, min_compression_rate=1, use_error_feedback=True
+        )
+        engine._wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return engine
+
+
+def predicted(spec, model):
+    """Payload bytes a step by kind. ``model`` as it is before training: dense, or RSO's conversion is made here."""
+    rso = rso_ds.RSOConfig(interval=INTERVAL, **spec["rso"])
+    name = spec["method"] if spec["method"] in ("rso", "lora", "galore") else "adamw"
+    method(name, rso).prepare(model)
+    exchange = Exchange.of(model, INTERVAL, rso.communicate == "boundary")
+    kind = spec["engine"]
+    layout = Layout.from_json(ds_json(spec), dist.get_world_size(), kind, spec["replicas"])
+    is_powersgd = spec["method"] == "powersgd"
+    found = powersgd(exchange, layout, spec["rank"]) if is_powersgd else transfers(exchange, layout)
+    totals = dict.fromkeys(("gradient", "weights", "boundary"), 0.0)
+    for transfer in found:
+        totals[transfer.kind] += transfer.payload
+    return totals
+
+
+def run(spec):
+    model = build(spec)
+    expected = predicted(spec, build(spec))
+    if spec["method"] == "lora":
+        method("lora", rso_ds.RSOConfig(**spec["rso"])).prepare(model)
+    engine = engine_of(spec, model)
+    engine.train()
+    traffic = engine.traffic
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    marks = []
+    for _ in range(STEPS + INTERVAL):
+        marks.append((traffic.by_kind(), traffic.by_kind("inter-node")))
+        for _ in range(spec["gas"]):
+            ids = torch.randint(0, spec["vocab"], (1, 16), generator=generator)
+            engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+            engine.step()
+    # The first interval warms up: buckets are rebuilt, PowerSGD is dense, ZeRO-3 traces.
+    measured = {k: (traffic.total(k) - marks[INTERVAL][0][k]) / STEPS for k in expected}
+    crossing = {k: (traffic.total(k, "inter-node") - marks[INTERVAL][1][k]) / STEPS for k in expected}
+    with contextlib.suppress(Exception):
+        engine.destroy()
+    return {"measured": measured, "predicted": expected, "inter_node": crossing}
+
+
+os.environ["RSO_DS_NODE"] = f"node{int(os.environ['RANK']) * 2 // int(os.environ['WORLD_SIZE'])}"
+import deepspeed  # noqa: E402  (after the environment)
+
+deepspeed.init_distributed("gloo", verbose=False)
+PLACE = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
+install().learn_nodes()
+only = os.environ.get("ONLY", "").split()
+results = {}
+for name, spec in cases(dist.get_world_size()).items():
+    if only and name not in only:
+        continue
+    print("CASE", name, flush=True)
+    try:
+        results[name] = run(spec)
+    except Exception:
+        traceback.print_exc()
+        results[name] = {"error": traceback.format_exc()}
+    if dist.get_rank() == 0:
+        torch.save(results, OUT / f"comm_bytes{dist.get_world_size()}.pt")
+dist.barrier()

@@ -1,0 +1,245 @@
+"""Two ranks: the hook for dense models against hand-projected gradients, and everything that must be refused."""
+
+import pickle
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import tiny_llama
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import rso_ds
+from rso_ds.comm import BucketCompression, DenseSubspace, agreement, compress_hook, dense_subspace_hook, install
+from rso_ds.layers import rso_layers
+from rso_ds.subspace import dense_projection, sample_projection
+
+OUT = Path(sys.argv[1])
+CONFIG = rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**shape, **no_dropout))
+
+
+def gradients_of(model, step, rank):
+    model.zero_grad()
+    ids = tiny_llama.tokens(step, 4)[2 * rank : 2 * rank + 2]
+    tiny_llama.loss_of(model, ids).backward()
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    return {n: p.grad.clone() for n, p in bare.named_parameters() if p.grad is not None}
+
+
+def mean(tensor):
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def dense_hook(make, config, feedback, steps=6):
+    """Largest relative difference between the hook's gradients and G P P^T (Q Q^T with feedback) made by hand."""
+    rank = dist.get_rank()
+    plain, hooked = make(), DistributedDataParallel(make(), bucket_cap_mb=0.02)
+    state = DenseSubspace(hooked, config, error_feedback=feedback)
+    hooked.register_comm_hook(state, dense_subspace_hook)
+    layer_of = state.subspaces
+    errors, worst = {}, 0.0
+    before = install().total("gradient")
+    rng = torch.get_rng_state()
+    for step in range(steps):
+        own = gradients_of(plain, step, rank)
+        got = gradients_of(hooked, step, rank)
+        for name, g in own.items():
+            if name in layer_of:
+                space = layer_of[name]
+                draw = step // config.interval
+                p = sample_projection(config.sampler, config.seed, space.name, draw, space.in_features, space.rank)
+                p = dense_projection(p, space.in_features).to(g.dtype)
+                g = g.t() if name in state.transposed else g
+                scale = space.rank / space.in_features if feedback else 1.0
+                g = g + errors.get(name, 0.0)
+                if feedback:
+                    errors[name] = g - scale * (g @ p) @ p.t()
+                expected = scale * (mean(g) @ p) @ p.t()
+                expected = expected.t() if name in state.transposed else expected
+            else:
+                expected = mean(g)
+            worst = max(worst, ((got[name] - expected).abs().max() / expected.abs().max()).item())
+    sent = sum(
+        (p.numel() if n not in layer_of else layer_of[n].rank * (p.numel() // layer_of[n].in_features)) * 4
+        for n, p in plain.named_parameters()
+    )
+    assert install().total("gradient") - before == sent * steps == state.sent_bytes
+    assert torch.equal(rng, torch.get_rng_state())
+    assert state.compression_stats()[0] > 1.5
+    again = pickle.loads(pickle.dumps(state))
+    with pytest.raises(rso_ds.RSOUnsupportedError, match="bind"):
+        again._parameter_name(next(hooked.parameters()))
+    again.bind(DistributedDataParallel(make()))
+    assert again.sent_bytes == state.sent_bytes
+    return worst
+
+
+def same_as_module_mode():
+    """The hook's gradient of W is B.grad P^T of the converted model at the same point."""
+    rank = dist.get_rank()
+    hooked = DistributedDataParallel(tiny_llama.build())
+    hooked.register_comm_hook(DenseSubspace(hooked, CONFIG), dense_subspace_hook)
+    converted = tiny_llama.build()
+    rso_ds.convert(converted, CONFIG)
+    wrapped = DistributedDataParallel(converted)
+    dense, low = gradients_of(hooked, 0, rank), gradients_of(wrapped, 0, rank)
+    worst = 0.0
+    for name, layer in rso_layers(converted):
+        lifted = low[f"{name}.B"] @ layer.subspace.P.t()
+        worst = max(worst, ((dense[f"{name}.weight"] - lifted).abs().max() / lifted.abs().max()).item())
+    return worst
+
+
+def converted():
+    model = tiny_llama.build()
+    rso_ds.convert(model, CONFIG)
+    return model
+
+
+def sharded(**options):
+    model = converted()
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def twice():
+    model = DistributedDataParallel(converted())
+    model.register_comm_hook(BucketCompression(model), compress_hook)
+    BucketCompression(model)
+
+
+def mixed_hooks():
+    model = DistributedDataParallel(tiny_llama.build())
+    model.register_comm_hook(DenseSubspace(model, CONFIG), dense_subspace_hook)
+    BucketCompression(model)
+
+
+def local_steps_with_a_hook():
+    model = DistributedDataParallel(converted())
+    model.register_comm_hook(BucketCompression(model), compress_hook)
+    rso_ds.RSO(model, rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, communicate="boundary"))
+
+
+def mixed_dtypes():
+    model = converted()
+    model.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data.bfloat16()
+    for block in model.model.layers:
+        fully_shard(block)
+    rso_ds.RSO(fully_shard(model), CONFIG)
+
+
+def half_a_mesh():
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    rso_ds.RSO(sharded(mesh=mesh["shards"]), CONFIG)
+
+
+def zero_engine(hook):
+    import deepspeed
+
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer}
+    engine, *_ = deepspeed.initialize(model=tiny_llama.build(), config=config)
+    hook(engine)
+
+
+def local_steps_in_deepspeed():
+    params = {"rank": 5, "communicate": "boundary", "torch_adam": True}
+    rso_ds.initialize(
+        model=tiny_llama.build(),
+        config={"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "RSO", "params": params}},
+    )
+
+
+def unequal_config():
+    config = rso_ds.RSOConfig(rank=5, seed=dist.get_rank())
+    model = tiny_llama.build()
+    rso_ds.convert(model, config)
+    rso_ds.RSO(DistributedDataParallel(model), config)
+
+
+def unequal_code():
+    real = agreement.code_digest
+    agreement.code_digest = lambda: f"{dist.get_rank():016x}"
+    try:
+        rso_ds.RSO(DistributedDataParallel(converted()), CONFIG)
+    finally:
+        agreement.code_digest = real
+
+
+def unequal_weights():
+    model = DistributedDataParallel(converted())
+    if dist.get_rank() == 1:
+        model.module.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    rso_ds.RSO(model, CONFIG)
+
+
+REFUSED = {
+    "bare model": lambda: rso_ds.RSO(converted(), CONFIG),
+    "fsdp1": lambda: rso_ds.RSO(
+        FullyShardedDataParallel(converted(), device_id=torch.device("cpu"), use_orig_params=True), CONFIG
+    ),
+    "registered twice": twice,
+    "mixed hooks": mixed_hooks,
+    "local steps with a hook": local_steps_with_a_hook,
+    "compress_hook on a dense model": lambda: BucketCompression(DistributedDataParallel(tiny_llama.build())),
+    "dense hook on a converted model": lambda: DenseSubspace(DistributedDataParallel(converted()), CONFIG),
+    "hook on a bare model": lambda: BucketCompression(converted()),
+    "hook on fsdp2": lambda: BucketCompression(sharded()),
+    "hook on a zero engine": lambda: zero_engine(BucketCompression),
+    "dense hook on a zero engine": lambda: zero_engine(lambda engine: DenseSubspace(engine, CONFIG)),
+    "feedback with gaussian": lambda: DenseSubspace(
+        DistributedDataParallel(tiny_llama.build()), rso_ds.RSOConfig(rank=5, sampler="gaussian"), error_feedback=True
+    ),
+    "unknown dtype": lambda: BucketCompression(DistributedDataParallel(converted()), "int4"),
+    "mixed dtypes": mixed_dtypes,
+    "half a mesh": half_a_mesh,
+    "sharded by columns": lambda: rso_ds.RSO(sharded(shard_placement_fn=lambda p: Shard(p.dim() - 1)), CONFIG),
+    "local steps without replicas": lambda: rso_ds.RSO(
+        sharded(), rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, communicate="boundary")
+    ),
+    "local steps in deepspeed": local_steps_in_deepspeed,
+    "unequal configuration": unequal_config,
+    "unequal code": unequal_code,
+    "unequal weights": unequal_weights,
+    "to_dense under fsdp2": lambda: rso_ds.to_dense(sharded()),
+}
+
+dist.init_process_group("gloo")
+results = {"refused": {}, "dense_hook": {}}
+for name, attempt in REFUSED.items():
+    try:
+        attempt()
+        results["refused"][name] = "NOT REFUSED"
+    except rso_ds.RSOError as error:
+        results["refused"][name] = f"{type(error).__name__}: {error}"
+    except Exception:
+        results["refused"][name] = traceback.format_exc()
+for name, (make, options, feedback) in {
+    "haar": (tiny_llama.build, {}, False),
+    "coordinate": (tiny_llama.build, {"sampler": "coordinate"}, False),
+    "gaussian": (tiny_llama.build, {"sampler": "gaussian"}, False),
+    "uneven, shared by shape": (lambda: tiny_llama.build(85), {"share_projection": "shape"}, False),
+    "haar with feedback": (tiny_llama.build, {}, True),
+    "coordinate with feedback": (tiny_llama.build, {"sampler": "coordinate"}, True),
+    "GPT-2": (gpt2, {}, False),
+}.items():
+    results["dense_hook"][name] = dense_hook(make, rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, **options), feedback)
+results["module mode"] = same_as_module_mode()
+torch.save(results, OUT / f"torch_refusals.rank{dist.get_rank()}.pt")
+dist.barrier()
