@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ BASE += ["--log-interval", "1", "--eval-interval", "4", "--eval-tokens", "1500"]
 BASE += ["--sample-tokens", "5", "--save-interval", str(SAVE)]
 
 
+def free_port() -> int:
+    """Another run on this machine may hold the launcher's default port."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,7 +37,8 @@ class Workspace:
 
     def run(self, output: str, *flags: str, ranks: int = 2, steps: int | None = STEPS) -> subprocess.CompletedProcess:
         launcher = Path(sys.executable).parent / "deepspeed"
-        command = [str(launcher), "--num_gpus", str(ranks), "launch/train.py", "--output", str(self.folder / output)]
+        place = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+        command = [str(launcher), *place, "launch/train.py", "--output", str(self.folder / output)]
         command += ["--cache", str(self.cache), "--data", str(self.data), *BASE]
         command += [] if steps is None else ["--max-steps", str(steps)]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
+from rso_ds.comm.failures import limit_waiting
 from rso_ds.models import load_model
 from rso_ds.training.arguments import TrainArguments
 from rso_ds.training.distributed import Place
@@ -24,6 +26,7 @@ def build_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size: int,
         from rso_ds.training.torch_engine import TorchEngine
 
         engine = TorchEngine(_model(args, vocab_size), ds_json, args.engine, place, args.replicas)
+    limit_waiting(timedelta(seconds=args.timeout))
     engine.traffic.learn_nodes()
     return engine
 
