@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.masters import WeightMasters
-from rso_ds.layers import RSOLinear, merged_weight
+from rso_ds.layers import SubspaceLayer, merged_weight
 
 # Names under which solvers keep the moments of a parameter.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -45,7 +45,7 @@ class ReplicatedShards:
 
     def __init__(
         self,
-        layers: Mapping[str, RSOLinear],
+        layers: Mapping[str, SubspaceLayer],
         solver: torch.optim.Optimizer,
         device: torch.device,
         masters: Mapping[int, Tensor] | None = None,
@@ -66,7 +66,7 @@ class ReplicatedShards:
 
     def end(self) -> None: ...
 
-    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+    def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight = layer.weight
         if self.weight_masters is None:
             weight.copy_(rounding(merged_weight(weight, layer.B, P, decay), weight.dtype, name))
@@ -82,18 +82,18 @@ class ReplicatedShards:
             dist.all_gather(everyone, rows, group=self.group)
         weight.copy_(torch.cat(everyone)[: layer.out_features])
 
-    def zero(self, layer: RSOLinear) -> None:
+    def zero(self, layer: SubspaceLayer) -> None:
         layer.B.zero_()
 
-    def _solver_key(self, layer: RSOLinear) -> Tensor | nn.Parameter:
+    def _solver_key(self, layer: SubspaceLayer) -> Tensor | nn.Parameter:
         return self.masters.get(id(layer.B), layer.B)
 
-    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
         key = self._solver_key(layer)
         first, second = (None if m is None else m.view(-1) for m in moments(self.solver.state.get(key, {})))
         return SolverShard(0, layer.B.numel(), first, second, [] if key is layer.B else [key.data.view(-1)])
 
-    def cuts(self, layer: RSOLinear) -> list[int]:
+    def cuts(self, layer: SubspaceLayer) -> list[int]:
         return []
 
     def restart_step(self) -> None:
