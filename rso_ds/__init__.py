@@ -19,7 +19,7 @@ from rso_ds.errors import (
     RSOReplicaError,
     RSOUnsupportedError,
 )
-from rso_ds.layers import RSOLinear, convert, summary_table, to_dense
+from rso_ds.layers import RSOEmbedding, RSOLinear, convert, summary_table, to_dense
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "RSOConfig",
     "RSOConfigError",
     "RSOConversionError",
+    "RSOEmbedding",
     "RSOError",
     "RSOLinear",
     "RSOReplicaError",

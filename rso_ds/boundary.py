@@ -24,7 +24,7 @@ from torch import Tensor
 from rso_ds.comm.counter import install as traffic
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
-from rso_ds.layers import RSOLinear, round_stochastically
+from rso_ds.layers import SubspaceLayer, round_stochastically
 from rso_ds.optim.carry_over import CARRY_OVER, rotation
 from rso_ds.subspace import Subspace, projection_seed
 
@@ -59,16 +59,16 @@ class Shards(Protocol):
     def end(self) -> None:
         """Called after everything changed: restore what ``begin`` dropped."""
 
-    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+    def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         """W <- decay * W + B P^T on every copy of W that this rank holds."""
 
-    def zero(self, layer: RSOLinear) -> None:
+    def zero(self, layer: SubspaceLayer) -> None:
         """B <- 0 in the model's own copies (the boundary zeroes the masters)."""
 
-    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
         """This rank's part of the solver state of the layer's B."""
 
-    def cuts(self, layer: RSOLinear) -> list[int]:
+    def cuts(self, layer: SubspaceLayer) -> list[int]:
         """Element indices of B.flatten() at which ownership passes from one rank to another."""
 
     def restart_step(self) -> None:
@@ -112,7 +112,7 @@ class Boundary:
     def __init__(
         self,
         config: RSOConfig,
-        layers: dict[str, RSOLinear],
+        layers: dict[str, SubspaceLayer],
         shards: Shards,
         weight_decays: Sequence[float],
         lr_groups: Sequence[int],
@@ -178,7 +178,7 @@ class Boundary:
         self.check_replicas()
 
     def _carry(
-        self, index: int, layer: RSOLinear, turn: Tensor | None, split_rows: dict[tuple[int, int], Tensor]
+        self, index: int, layer: SubspaceLayer, turn: Tensor | None, split_rows: dict[tuple[int, int], Tensor]
     ) -> None:
         shard = self.shards.solver_shard(layer)
         for master in shard.masters:

@@ -64,7 +64,7 @@ class RSOConfig:
     targets: str | Sequence[str] = _key(
         "default",
         "Layers to train in a subspace: 'default' (by model type), 'all-linear', or a list of name suffixes"
-        " or glob patterns, in which 'default' may appear as an item.",
+        " or glob patterns, in which 'default', 'embeddings' (input embedding) and 'head' (output layer) may appear.",
     )
     dense: str | Sequence[str] = _key(
         "all", "Other parameters to train densely: 'all', 'none', or a list of name suffixes or glob patterns."

@@ -39,6 +39,9 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found[f"{engine}-adamw"] = case(engine, "adamw")
         found[f"{engine}-rso"] = case(engine)
         found[f"{engine}-rso-h16"] = case(engine, rso=small)
+    tokens = {"rank_ratio": 0.0625, "targets": ["default", "embeddings", "head"]}
+    for engine, stage in (("zero", 2), ("zero", 3), ("ddp", 0), ("fsdp2", 0)):
+        found[f"{engine}{stage}-rso-h16-tokens"] = case(engine, "rso", stage, rso=tokens)
     found["ddp-lora"] = case("ddp", "lora")
     found["ddp-powersgd"] = case("ddp", "powersgd")
     found["ddp-local"] = case("ddp", rso={"rank_ratio": 0.25, "communicate": "boundary"})

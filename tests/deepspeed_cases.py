@@ -12,6 +12,11 @@ FORCED = (4, 5)  # steps at which the fp16 tests force an overflow
 # their flat tensor into two pieces falls inside a row.
 ODD_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "layers.0.mlp.gate_proj"]
 
+# Embedding and head in a subspace too; a vocabulary of 63 does not divide by two ranks.
+TOKENS = {"targets": ["default", "embeddings", "head"]}
+ODD_VOCAB = {"vocab": 63}
+TIED = {"tie": True}
+
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "torch_adam": True}
 CPU = {"device": "cpu"}
 
@@ -26,9 +31,10 @@ def case(
     intermediate: int = 86,
     zero_init: bool = False,
     checkpointing: str | None = None,
+    model: dict[str, Any] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """``extra`` holds further top-level keys of the DeepSpeed JSON."""
+    """``model``: arguments of ``tiny_llama.build``; ``extra`` holds further top-level keys of the DeepSpeed JSON."""
     return {
         "stage": stage,
         "rso": {**RSO_DEFAULTS, **(rso or {})},
@@ -37,6 +43,7 @@ def case(
         "intermediate": intermediate,
         "zero_init": zero_init,
         "checkpointing": checkpointing,
+        "model": model or {},
         "tolerance": tolerance,
         "json": {
             "train_micro_batch_size_per_gpu": MICRO,
@@ -74,6 +81,12 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         cases[f"{z}-fused-reset"] = case(stage, {"torch_adam": False, "carry_over": "reset"})
         cases[f"{z}-shared_by_shape"] = case(stage, {"share_projection": "shape", "carry_over": "project"})
         cases[f"{z}-stock_block"] = case(stage, {"lean": "none"})
+        cases[f"{z}-embeddings"] = case(stage, TOKENS, model=ODD_VOCAB)
+        cases[f"{z}-embeddings-project"] = case(stage, {**TOKENS, "carry_over": "project"}, model=ODD_VOCAB)
+        cases[f"{z}-tied"] = case(stage, TOKENS, model=TIED)
+        cases[f"{z}-tied-coordinate"] = case(
+            stage, {**TOKENS, "sampler": "coordinate", "weight_decay": 0.1}, gas=2, model={**TIED, **ODD_VOCAB}
+        )
         cases[f"{z}-scheduler"] = case(
             stage,
             {"weight_decay": 0.1},
@@ -87,11 +100,14 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     for kind in ("reentrant", "non_reentrant"):
         for stage in (2, 3):
             cases[f"zero{stage}-checkpointing-{kind}"] = case(stage, checkpointing=kind)
+            cases[f"zero{stage}-tied-checkpointing-{kind}"] = case(stage, TOKENS, checkpointing=kind, model=TIED)
     cases["zero2-round_robin"] = case(2, zero={"round_robin_gradients": True})
     cases["zero3-uneven-project"] = case(3, {"carry_over": "project"}, intermediate=85)
     cases["zero3-offload-param"] = case(3, {"torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU})
     cases["zero3-init"] = case(3, zero_init=True)
     cases["zero3-init-uneven"] = case(3, intermediate=85, zero_init=True)
+    cases["zero3-init-embeddings"] = case(3, TOKENS, zero_init=True, model=ODD_VOCAB)
+    cases["zero3-init-tied"] = case(3, TOKENS, zero_init=True, model={**TIED, **ODD_VOCAB})
     cases["zero3-persistent"] = case(3, zero={"stage3_param_persistence_threshold": 100000})
     cases["zero3-subgroups"] = case(3, {"carry_over": "reset"}, zero={"sub_group_size": 700})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import tiny_llama
 import torch
-from deepspeed_cases import MICRO, RANK, STEPS, fp32_cases
+from deepspeed_cases import MICRO, ODD_TARGETS, RANK, STEPS, TOKENS, fp32_cases
 from ranks import run_ranks
 from reference import Settings, train
 
@@ -29,15 +29,22 @@ def results(tmp_path_factory):
 
 def reference(spec, lrs):
     rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "torch_adam", "targets", "lean")}
-    skip = "model.layers.1.mlp.gate_proj" if "targets" in spec["rso"] else None
+    targets, tied = spec["rso"].get("targets"), spec["model"].get("tie", False)
+    skip = "model.layers.1.mlp.gate_proj" if targets == ODD_TARGETS else None
     groups = tiny_llama.groups(skip)
     if rso.pop("share_projection", "input") == "shape":
         groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
+    if targets == TOKENS["targets"]:
+        groups |= tiny_llama.token_groups(tied)
     settings = Settings(groups=groups, rank=RANK, clip=spec["clip"], **rso)
-    model = tiny_llama.build(spec["intermediate"]).double()
-    batches = [list(tiny_llama.tokens(i, MICRO * WORLD * spec["gas"]).split(MICRO)) for i in range(STEPS)]
+    model = tiny_llama.build(spec["intermediate"], **spec["model"]).double()
+    vocab = spec["model"].get("vocab", tiny_llama.VOCAB)
+    batches = [list(tiny_llama.tokens(i, MICRO * WORLD * spec["gas"], vocab).split(MICRO)) for i in range(STEPS)]
     scale = [lr / settings.lr for lr in lrs]
-    return train(model, settings, tiny_llama.loss_of, batches, scale)
+    result = train(model, settings, tiny_llama.loss_of, batches, scale)
+    if tied:
+        result.weights["lm_head.weight"] = result.weights["model.embed_tokens.weight"]
+    return result
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,6 +73,17 @@ def test_cases_are_what_they_claim(results):
     for stage in (1, 2, 3):
         assert results[f"zero{stage}-offload"]["solver"] == "DeepSpeedCPUAdam"
     assert results["zero3"]["optimizer"] == "DeepSpeedZeroOptimizer_Stage3"
+    assert results["zero3-embeddings"]["cut_rows"] == 2  # of the embedding and of the head
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_embedding_and_head_train_rank_elements_a_token(results, stage):
+    dense = 2 * tiny_llama.VOCAB * tiny_llama.HIDDEN
+    rest = results[f"zero{stage}"]["trainable"] - dense
+    assert results[f"zero{stage}-embeddings"]["trainable"] == rest + 2 * 63 * RANK
+    assert results[f"zero{stage}-tied"]["trainable"] == rest + tiny_llama.VOCAB * RANK
+    got = results[f"zero{stage}-tied"]["weights"]
+    assert got["lm_head.weight"] is got["model.embed_tokens.weight"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import rso_ds
 from rso_ds import RSOConfig, RSOConfigError, RSOConversionError
+from rso_ds.layers import subspace_linear
 from rso_ds.lean import apply_lean, loss
 from rso_ds.lean.activations import ACTIVATIONS, activation, gated
 from rso_ds.lean.loss import causal_lm_loss, chunk_rows, summed_cross_entropy
@@ -50,6 +51,39 @@ def test_gradcheck_of_the_loss_over_several_chunks(with_bias, monkeypatch):
     hidden, weight, bias, _ = operands
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
     torch.testing.assert_close(summed_cross_entropy(*operands), expected)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("coordinates", [True, False])
+def test_gradcheck_of_the_loss_of_a_head_in_a_subspace(with_bias, coordinates, monkeypatch):
+    monkeypatch.setattr(loss, "MIN_CHUNK", 3)
+    targets = torch.tensor([1, 2, -100, 4, 5, 6, -100, -100, -100, 31])
+    bias = leaf(32, seed=2) if with_bias else None
+    P = torch.tensor([3, 0]) if coordinates else leaf(4, 2, seed=4).detach()
+    operands = (leaf(10, 4), leaf(32, 4, seed=1).detach(), bias, targets, leaf(32, 2, seed=3), P)
+    assert torch.autograd.gradcheck(summed_cross_entropy, operands)
+    hidden, weight, bias, _, B, _ = operands
+    expected = F.cross_entropy(subspace_linear(hidden, weight, B, P, bias), targets, reduction="sum")
+    torch.testing.assert_close(summed_cross_entropy(*operands), expected)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_a_head_in_a_subspace_in_low_precision(dtype, autocast):
+    """As near to float64 as one rounding of each operand allows, gradients in the dtype of their parameters."""
+    given = torch.float32 if autocast else dtype
+    hidden, weight, B, P = leaf(600, 8), leaf(64, 8, seed=1).detach(), leaf(64, 3, seed=2), leaf(8, 3, seed=3).detach()
+    targets = torch.randint(0, 64, (600,), generator=torch.Generator().manual_seed(0))
+    exact = summed_cross_entropy(hidden, weight, None, targets, B, P) / 600
+    low = [t.detach().to(given).requires_grad_(t.requires_grad) for t in (hidden, weight, B, P)]
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        got = summed_cross_entropy(low[0], low[1], None, targets, low[2], low[3]) / 600
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=0)
+    grads = torch.autograd.grad(got, (low[0], low[2])), torch.autograd.grad(exact, (hidden, B))
+    for g, want in zip(*grads, strict=True):
+        assert g.dtype == given
+        assert (g.double() - want).norm() <= 3e-2 * want.norm()
 
 
 @pytest.mark.parametrize("name", ["LlamaRMSNorm", "Qwen3RMSNorm", "GemmaRMSNorm"])
@@ -292,10 +326,29 @@ def test_a_loss_of_the_callers_own_stays():
     assert model(**batch()).loss.item() == 7
 
 
-def test_a_head_trained_in_a_subspace_keeps_the_stock_loss():
-    model = CAUSAL["llama"]().train()
-    rso_ds.convert(model, RSOConfig(rank=4, targets=["default", "lm_head"]))
-    assert model(**batch()).logits is not None
+HEADS = {
+    "llama": {},
+    "qwen3": {"sampler": "coordinate"},
+    "gpt2": {},  # tied
+    "opt": {},  # tied
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_trained_in_a_subspace_has_the_lean_loss(kind):
+    stock, lean = pair(kind, targets=["default", "embeddings", "head"], **HEADS[kind])
+    assert type(lean.lm_head).__name__ == "RSOLinear"
+    assert lean(**batch()).logits is None
+    (loss_s, grads_s), (loss_l, grads_l) = step(stock, batch()), step(lean, batch())
+    torch.testing.assert_close(loss_l, loss_s, atol=1e-6, rtol=1e-6)
+    assert grads_s.keys() == grads_l.keys()
+    assert any(name.endswith(("embed_tokens.B", "wte.B")) for name in grads_l)
+    for name, want in grads_s.items():
+        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + 1e-9, name
+    lean.eval(), stock.eval()
+    torch.testing.assert_close(lean(**batch()).logits, stock(**batch()).logits)
+    rso_ds.to_dense(lean)
+    assert classes(lean) == classes(CAUSAL[kind]())
 
 
 def test_liger_kernels_are_called_on_cuda_only(monkeypatch):

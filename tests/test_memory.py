@@ -117,6 +117,50 @@ def test_the_loss_keeps_no_logits():
     assert not any(VOCAB in e.shape and tokens in e.shape for e in trace.outside)
 
 
+TOKENS = ["default", "embeddings", "head"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("sampler", ["haar", "coordinate"])
+def test_embedding_and_head_in_a_subspace_keep_no_gradient_of_w(dtype, tie, sampler):
+    """A block keeps what it did; the loss one gradient of the hidden states and one [vocab, r] of B."""
+    config = small_config()
+    config.tie_word_embeddings = tie
+    build = builder(dtype, "all", config, targets=TOKENS, sampler=sampler)
+    fake, real = trace_training(build, BATCH, SEQ), real_trace(build)
+    assert fake.kept == real.kept
+    unit = BATCH * SEQ * H * dtype.itemsize
+    assert fake.per_block / unit == pytest.approx(closed_form(dtype, "all"), abs=1e-9)
+    loss = [e for e in fake.outside if e.op == "SummedLoss"]
+    assert sorted(e.shape for e in loss) == sorted([(BATCH * SEQ, H), (VOCAB, RANK)])
+    stock = trace_training(builder(dtype, "all", config), BATCH, SEQ)
+    assert stock.kept - fake.kept == VOCAB * (H - RANK) * dtype.itemsize
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_every_method_counts_embedding_and_head(tie):
+    config = small_config()
+    config.tie_word_embeddings = tie
+    engine = Engine.from_json({"bf16": {"enabled": True}}, 1)
+    accounts = [
+        Accountant(model_builder(config), rso_ds.RSOConfig(rank=RANK, targets=targets), engine)
+        for targets in ("default", TOKENS)
+    ]
+    tensors = 1 if tie else 2
+    # B instead of W; adapters on both sides, of each module; moments [r, vocab] instead of [hidden, vocab].
+    change = {
+        "rso": tensors * VOCAB * (RANK - H),
+        "lora": 2 * RANK * (VOCAB + H),
+        "galore": tensors * VOCAB * (RANK - H),
+        "adamw": 0,
+    }
+    for name, expected in change.items():
+        before, after = (a.account(name, BATCH, SEQ) for a in accounts)
+        assert after.missing == []
+        assert after.device["solver state"] - before.device["solver state"] == 8 * expected, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["llama-9m", "llama-60m", "llama-130m"])
 def test_model_against_measurement(shape, dtype):
@@ -197,7 +241,8 @@ def engines(tmp_path_factory):
 
 STATE_CASES = [f"zero{s}-{p}" for s in range(4) for p in ("fp32", "bf16")] + [
     "zero1-bf16-sgd", "zero2-bf16-coordinate", "zero2-bf16-offload", "zero3-bf16-masters", "zero2-bf16-masters",
-    "zero3-bf16-persistent",
+    "zero3-bf16-persistent", "zero2-fp32-embeddings", "zero3-bf16-embeddings",
+    *(f"zero{s}-bf16-tied" for s in range(4)),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The package as a whole: what importing costs, and that documents keep up with the code."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def test_check_command(capsys):
     out = capsys.readouterr().out
     assert "224 layers in 128 groups" in out
     assert "communicated    1,654,919,168" in out
+
+
+def test_check_command_with_embedding_and_head(capsys, tmp_path):
+    config = json.loads((ROOT / "ds_configs/rso_7b_zero3.json").read_text())
+    config["optimizer"]["params"]["targets"] = ["default", "embeddings", "head"]
+    (tmp_path / "rso.json").write_text(json.dumps(config))
+    main(["check", "--deepspeed", str(tmp_path / "rso.json"), "--model", "llama-7b"])
+    out = capsys.readouterr().out
+    assert "226 layers in 130 groups" in out
+    assert f"communicated    {1_654_919_168 - 2 * 32000 * (4096 - 1024):,}" in out
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from reference_local import train_apart
 from torch_cases import MICRO, RANK, four_rank_cases, two_rank_cases
 
 pytest.importorskip("transformers")
+LOCAL = ("communicate", "outer_momentum")
 CASES = {(2, n): c for n, c in two_rank_cases().items()} | {(4, n): c for n, c in four_rank_cases().items()}
 
 
@@ -30,22 +31,28 @@ def results(tmp_path_factory):
 
 
 def settings_of(spec):
-    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "lean", "communicate", "outer_momentum")}
+    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "lean", "targets", *LOCAL)}
     groups = tiny_llama.groups()
+    if "targets" in spec["rso"]:
+        groups |= tiny_llama.token_groups(spec["model"].get("tie", False))
     if rso.pop("share_projection", "input") == "shape":
         groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
     return Settings(groups=groups, rank=spec["rso"]["rank"], clip=spec["clip"], **rso)
 
 
 def reference(spec, world):
-    model = tiny_llama.build(spec["intermediate"]).double()
-    all_ids = [tiny_llama.tokens(i, MICRO * world * spec["gas"]) for i in range(spec["steps"])]
+    model = tiny_llama.build(spec["intermediate"], **spec["model"]).double()
+    vocab = spec["model"].get("vocab", tiny_llama.VOCAB)
+    all_ids = [tiny_llama.tokens(i, MICRO * world * spec["gas"], vocab) for i in range(spec["steps"])]
     if spec["rso"].get("communicate") == "boundary":
         replicas = 2  # of one rank each under DDP, of two ranks each under HSDP
         batches = [[list(part.split(MICRO)) for part in ids.chunk(replicas)] for ids in all_ids]
         momentum = spec["rso"].get("outer_momentum", 0.0)
         return train_apart(model, settings_of(spec), tiny_llama.loss_of, batches, momentum)
-    return train(model, settings_of(spec), tiny_llama.loss_of, [list(ids.split(MICRO)) for ids in all_ids])
+    result = train(model, settings_of(spec), tiny_llama.loss_of, [list(ids.split(MICRO)) for ids in all_ids])
+    if spec["model"].get("tie"):
+        result.weights["lm_head.weight"] = result.weights["model.embed_tokens.weight"]
+    return result
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)
@@ -61,3 +68,13 @@ def test_equals_reference(results, world, name):
     print(f"\n{world} ranks {name:28} loss {loss_diff:.1e} weight {weight_diff:.1e}")
     assert loss_diff < spec["tolerance"]
     assert weight_diff < spec["tolerance"]
+
+
+@pytest.mark.parametrize(("world", "plain", "local"), [(2, "ddp", "ddp-local"), (4, "hsdp", "hsdp-local")])
+def test_local_steps_are_other_steps(results, world, plain, local):
+    """The cases above would prove nothing if ranks still exchanged at every step."""
+    first, second = results[world, plain], results[world, local]
+    assert max(abs(a - b) for a, b in zip(first["losses"], second["losses"], strict=False)) > 1e-4
+    if plain == "ddp":
+        assert second["bytes"]["gradient"] == 0
+    assert second["bytes"]["boundary"] > 4 * 4 * second["trainable"] / (1 if plain == "ddp" else 2)

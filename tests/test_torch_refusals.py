@@ -63,7 +63,7 @@ def test_every_attempt_has_its_message(results):
     "name",
     [
         "haar", "coordinate", "gaussian", "uneven, shared by shape", "haar with feedback", "coordinate with feedback",
-        "GPT-2",
+        "GPT-2", "tied embeddings",
     ],
 )  # fmt: skip
 def test_dense_hook_sends_g_p_and_returns_the_projected_mean(results, name):

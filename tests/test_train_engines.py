@@ -15,13 +15,13 @@ import pytest
 pytest.importorskip("deepspeed")
 from train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
 
+LOCAL = ["--set", "optimizer.params.communicate=boundary", "--set", "optimizer.params.outer_momentum=0.3"]
 RUNS = {
     "deepspeed": [],
     "ddp": ["--engine", "ddp"],
     "fsdp2": ["--engine", "fsdp2"],
     "ddp-adamw": ["--engine", "ddp", "--deepspeed", "ds_configs/adamw.json"],
-    "ddp-local": ["--engine", "ddp", "--set", "optimizer.params.communicate=boundary"]
-    + ["--set", "optimizer.params.outer_momentum=0.3"],
+    "ddp-local": ["--engine", "ddp", *LOCAL],
     "ddp-bf16": ["--engine", "ddp", "--precision", "bf16"],
     "fsdp2-bf16": ["--engine", "fsdp2", "--precision", "bf16"],
 }

@@ -8,11 +8,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB, HIDDEN, LAYERS, SEQ = 64, 32, 2, 16
 
 
-def build(intermediate: int = 86, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Grouped-query attention, untied head. ``intermediate`` 85 does not divide by two ranks."""
+def build(
+    intermediate: int = 86, dtype: torch.dtype = torch.float32, vocab: int = VOCAB, tie: bool = False
+) -> LlamaForCausalLM:
+    """Grouped-query attention. ``intermediate`` 85 and ``vocab`` 63 do not divide by two ranks."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=HIDDEN,
         intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
@@ -21,6 +23,7 @@ def build(intermediate: int = 86, dtype: torch.dtype = torch.float32) -> LlamaFo
         max_position_embeddings=SEQ,
         initializer_range=0.1,
         attn_implementation="eager",
+        tie_word_embeddings=tie,
     )
     return LlamaForCausalLM(config).to(dtype)
 
@@ -41,6 +44,11 @@ def groups(skip: str | None = None) -> dict[str, list[str]]:
     return found
 
 
+def token_groups(tie: bool) -> dict[str, list[str]]:
+    """The groups of embedding and head. A tied head has no weight of its own: the reference sees one layer."""
+    return {n: [n] for n in (("model.embed_tokens",) if tie else ("model.embed_tokens", "lm_head"))}
+
+
 def groups_by_shape(rank: int, intermediate: int) -> dict[str, list[str]]:
     """The same with ``share_projection: "shape"``: only the down projection has another input size."""
     layers = [name for members in groups().values() for name in members]
@@ -49,10 +57,10 @@ def groups_by_shape(rank: int, intermediate: int) -> dict[str, list[str]]:
     return {f"in={HIDDEN},rank={rank}": others, f"in={intermediate},rank={rank}": down}
 
 
-def tokens(step: int, count: int) -> torch.Tensor:
+def tokens(step: int, count: int, vocab: int = VOCAB) -> torch.Tensor:
     """[count, SEQ] token ids of a step; three different batches in turn."""
     g = torch.Generator().manual_seed(1000 + step % 3)
-    return torch.randint(0, VOCAB, (count, SEQ), generator=g)
+    return torch.randint(0, vocab, (count, SEQ), generator=g)
 
 
 def loss_of(forward, ids: torch.Tensor) -> torch.Tensor:

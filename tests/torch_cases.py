@@ -7,6 +7,8 @@ from typing import Any
 STEPS, RANK, MICRO = 13, 5, 2
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3}
 
+TOKENS = {"targets": ["default", "embeddings", "head"]}
+
 
 def case(
     engine: str,
@@ -21,8 +23,9 @@ def case(
     precision: str = "fp32",
     tolerance: float = 2e-5,
     steps: int = STEPS,
+    model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``evaluate``: a forward pass without backward before every step; ``reshard``: FSDP2's
+    """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward before every step; ``reshard``: FSDP2's
     ``reshard_after_forward``; ``hook``: DDP communication hook; cases of local steps end
     at a boundary, where the reference has one model."""
     return {
@@ -38,6 +41,7 @@ def case(
         "precision": precision,
         "tolerance": tolerance,
         "steps": steps,
+        "model": model or {},
     }
 
 
@@ -59,6 +63,8 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
         cases[f"{engine}-stock_block"] = case(engine, {"lean": "none"})
         for kind in ("reentrant", "non_reentrant"):
             cases[f"{engine}-checkpointing-{kind}"] = case(engine, checkpointing=kind)
+        cases[f"{engine}-embeddings"] = case(engine, TOKENS, model={"vocab": 63})
+        cases[f"{engine}-tied"] = case(engine, {**TOKENS, "carry_over": "project"}, model={"vocab": 63, "tie": True})
         cases[f"{engine}-evaluate"] = case(engine, evaluate=True)
     cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
     cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
@@ -79,6 +85,7 @@ def four_rank_cases() -> dict[str, dict[str, Any]]:
     # 5 rows on 4 ranks: pieces of 2, 2, 1 and none.
     cases["fsdp2-empty_shards"] = case("fsdp2", {"rank": 2}, intermediate=5)
     cases["hsdp-evaluate-kept"] = case("hsdp", evaluate=True, reshard=False)
+    cases["hsdp-tied"] = case("hsdp", TOKENS, model={"vocab": 63, "tie": True})
     cases["hsdp-local"] = case("hsdp", {"communicate": "boundary"}, steps=12)
     cases["ddp"] = case("ddp")
     return cases

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rso_ds.errors import RSOUnsupportedError
-from rso_ds.layers import RSOLinear, dense_layer
+from rso_ds.layers import SubspaceLayer, dense_layer
 from rso_ds.layers.partitioned import gathered, whole
 
 
@@ -21,20 +21,24 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     call this together; one module is gathered at a time. Ranks with ``keep`` False take part and return {}.
     """
     state: dict[str, Tensor] = {}
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
+    copies: dict[int, Tensor | None] = {}  # by the id of the model's own tensor: what is tied stays one tensor
     for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{module_name}." if module_name else ""
-        source: nn.Module = dense_layer(module) if isinstance(module, RSOLinear) else module
-        params = dict(source.named_parameters(recurse=False))
-        buffers = {n: b for n, b in source.named_buffers(recurse=False) if n not in source._non_persistent_buffers_set}
-        with gathered(params.values()):
-            for name, tensor in {**params, **buffers}.items():
-                full = whole(tensor.detach())
-                if not keep:
-                    continue
-                if id(tensor) not in copies:  # tied parameters stay one tensor
-                    copies[id(tensor)] = (tensor, full.to("cpu", copy=True))
-                state[prefix + name] = copies[id(tensor)][1]
+        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+        subspace = isinstance(module, SubspaceLayer)
+        if subspace:
+            del own["B"]
+        own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+        new = {n: t for n, t in own.items() if id(t) not in copies}
+        source = dense_layer(module) if subspace and "weight" in new else module  # type: ignore[arg-type]
+        with gathered(p for p in new.values() if source is module and isinstance(p, nn.Parameter)):
+            for name, tensor in new.items():
+                full = whole(getattr(source, name).detach())
+                copies[id(tensor)] = full.to("cpu", copy=True) if keep else None
+        for name, tensor in own.items():
+            copy = copies[id(tensor)]
+            if copy is not None:
+                state[prefix + name] = copy
     return state
 
 

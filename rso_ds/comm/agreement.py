@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOReplicaError
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 
 
-def agree_on_setup(layers: Mapping[str, RSOLinear], config: RSOConfig, group: Any = None) -> None:
+def agree_on_setup(layers: Mapping[str, SubspaceLayer], config: RSOConfig, group: Any = None) -> None:
     """Raise ``RSOReplicaError`` on every rank unless all run the same code, configuration and layers.
 
     Call it before an engine touches the model: its broadcasts would hang or fail on unequal shapes. A

@@ -35,7 +35,7 @@ def lost_rank(error: BaseException) -> str | None:
         return None
     first = next((line for line in text.splitlines() if any(sign in line for sign in _SIGNS)), text.splitlines()[0])
     return (
-        f"rank {dist.get_rank()} lost another rank in the middle of a collective: {first.strip()[:300]}\nA rank has died,"
-        " hangs, or cannot be reached. Look for the first error in the other ranks' logs, then continue with --resume"
-        " auto. --timeout sets how long a silent rank is waited for."
+        f"rank {dist.get_rank()} lost another rank in the middle of a collective: {first.strip()[:300]}\n"
+        "A rank has died, hangs, or cannot be reached. Look for the first error in the other ranks' logs, then continue"
+        " with --resume auto. --timeout sets how long a silent rank is waited for."
     )

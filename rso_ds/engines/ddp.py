@@ -13,11 +13,11 @@ from rso_ds.config import RSOConfig
 from rso_ds.engines.local_steps import keep_gradients_local
 from rso_ds.engines.replicated import ReplicatedShards
 from rso_ds.errors import RSOUnsupportedError
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 
 
 def replicated_shards(
-    model: nn.Module, layers: Mapping[str, RSOLinear], solver: torch.optim.Optimizer, config: RSOConfig
+    model: nn.Module, layers: Mapping[str, SubspaceLayer], solver: torch.optim.Optimizer, config: RSOConfig
 ) -> ReplicatedShards:
     """Shards of a bare or DDP-wrapped ``model``.
 

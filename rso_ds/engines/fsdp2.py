@@ -20,7 +20,7 @@ from rso_ds.config import RSOConfig
 from rso_ds.engines.local_steps import average_
 from rso_ds.engines.replicated import ReplicatedShards, moments
 from rso_ds.errors import RSOUnsupportedError
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class FSDPShards(ReplicatedShards):
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, RSOLinear],
+        layers: Mapping[str, SubspaceLayer],
         solver: torch.optim.Optimizer,
         config: RSOConfig,
         replicas: Any = None,
@@ -81,16 +81,16 @@ class FSDPShards(ReplicatedShards):
     def average(self) -> None:
         average_([self.rows(p) for p in (*(layer.B for layer in self.layers.values()), *self.dense)], self._replicas)
 
-    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+    def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         rows = self.rows(layer.weight)
         if rows.numel():
             merged = self.merged_rows(name, rows, self.rows(layer.B).to(P.device), P, decay)
             rows.copy_(rounding(merged, rows.dtype, f"{name}:{self._piece}"))
 
-    def zero(self, layer: RSOLinear) -> None:
+    def zero(self, layer: SubspaceLayer) -> None:
         self.rows(layer.B).zero_()
 
-    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
         rows = self.rows(layer.B)
         first, second = moments(self.solver.state.get(layer.B, {}))
         # Element 0 is that of this rank's own rows: no row is ever split between ranks.
@@ -148,7 +148,7 @@ def _refuse_mixed_dtypes(model: nn.Module) -> None:
                 )
 
 
-def _refuse_other_layouts(layers: Mapping[str, RSOLinear]) -> None:
+def _refuse_other_layouts(layers: Mapping[str, SubspaceLayer]) -> None:
     for name, layer in layers.items():
         for param in (layer.weight, layer.B):
             placements = param.placements if isinstance(param, DTensor) else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.local_steps import OuterMomentum, average_
 from rso_ds.engines.masters import WeightMasters
-from rso_ds.layers import RSOLinear, merged_weight
+from rso_ds.layers import SubspaceLayer, merged_weight
 
 # Names under which solvers keep the moments of a parameter.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -46,7 +46,7 @@ class ReplicatedShards:
 
     def __init__(
         self,
-        layers: Mapping[str, RSOLinear],
+        layers: Mapping[str, SubspaceLayer],
         solver: torch.optim.Optimizer,
         device: torch.device,
         masters: Mapping[int, Tensor] | None = None,
@@ -83,7 +83,7 @@ class ReplicatedShards:
         if self.world_size > 1:
             average_([*(layer.B for layer in self.layers.values()), *self.dense], self.group)
 
-    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+    def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight = layer.weight
         if self.weight_masters is None:
             merged = self.merged_rows(name, weight, layer.B, P, decay)
@@ -107,18 +107,18 @@ class ReplicatedShards:
             return merged_weight(weight_rows, B_rows, P, decay)
         return keeper.merge(name, weight_rows, B_rows, P, decay)
 
-    def zero(self, layer: RSOLinear) -> None:
+    def zero(self, layer: SubspaceLayer) -> None:
         layer.B.zero_()
 
-    def _solver_key(self, layer: RSOLinear) -> Tensor | nn.Parameter:
+    def _solver_key(self, layer: SubspaceLayer) -> Tensor | nn.Parameter:
         return self.masters.get(id(layer.B), layer.B)
 
-    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
         key = self._solver_key(layer)
         first, second = (None if m is None else m.view(-1) for m in moments(self.solver.state.get(key, {})))
         return SolverShard(0, layer.B.numel(), first, second, [] if key is layer.B else [key.data.view(-1)])
 
-    def cuts(self, layer: RSOLinear) -> list[int]:
+    def cuts(self, layer: SubspaceLayer) -> list[int]:
         return []
 
     def restart_step(self) -> None:

@@ -1,14 +1,8 @@
 """What a layer computes, and models made of such layers."""
 
-from rso_ds.layers.convert import (
-    Conversion,
-    check_conversion,
-    convert,
-    dense_layer,
-    rso_layers,
-    target_subspaces,
-    to_dense,
-)
+from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
+from rso_ds.layers.convert import Conversion, check_conversion, convert, dense_layer, target_subspaces, to_dense
+from rso_ds.layers.embedding import RSOEmbedding, subspace_embedding
 from rso_ds.layers.functional import subspace_linear
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.merge import merged_weight, round_stochastically
@@ -16,7 +10,9 @@ from rso_ds.layers.summary import parameter_counts, summary_table
 
 __all__ = [
     "Conversion",
+    "RSOEmbedding",
     "RSOLinear",
+    "SubspaceLayer",
     "check_conversion",
     "convert",
     "dense_layer",
@@ -24,7 +20,9 @@ __all__ = [
     "parameter_counts",
     "round_stochastically",
     "rso_layers",
+    "subspace_embedding",
     "subspace_linear",
+    "subspace_modules",
     "summary_table",
     "target_subspaces",
     "to_dense",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,40 +12,37 @@ from torch.distributed.tensor import DTensor
 
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
+from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
+from rso_ds.layers.embedding import RSOEmbedding
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.merge import merged_weight
-from rso_ds.layers.partitioned import full_shape, gathered, whole
+from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, whole
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
-from rso_ds.lean import apply_lean, remove_lean
+from rso_ds.layers.ties import tied_targets
+from rso_ds.lean import apply_lean, pass_on, remove_lean
 from rso_ds.subspace import Subspace
 
 
 @dataclass
 class Conversion:
-    """What ``convert`` did. ``layers`` maps names to layers in model order; ``replaced`` maps the id of
-    each original weight Parameter to the B that is trained in its place. ``originals`` keeps those weights
-    alive, since the id of a freed one may be given to another parameter."""
+    """What ``convert`` did. ``layers`` maps names to layers in model order, tied ones once; ``replaced`` maps the
+    id of each original weight Parameter to the B that is trained in its place. ``originals`` keeps those
+    weights alive, since the id of a freed one may be given to another parameter."""
 
-    layers: dict[str, RSOLinear]
+    layers: dict[str, SubspaceLayer]
     replaced: dict[int, nn.Parameter]
     originals: list[nn.Parameter]
 
 
-def rso_layers(model: nn.Module) -> Iterator[tuple[str, RSOLinear]]:
-    """(name, layer) of every RSO layer of ``model``, in model order, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, RSOLinear):
-            yield name, module
-
-
 def convert(model: nn.Module, config: RSOConfig) -> Conversion:
-    """Replace, in place, the layers that ``config.targets`` selects by ``RSOLinear``.
+    """Replace, in place, the layers that ``config.targets`` selects by ``RSOLinear`` or ``RSOEmbedding``.
 
     W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
-    the layer's name. The rest of the block becomes lean as ``config.lean`` says (``rso_ds.lean``). Layers
-    whose weight the caller has frozen stay as they are. Works on plain models, on the meta device, and on
-    models built under ``deepspeed.zero.Init``.
+    the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
+    the block becomes lean as ``config.lean`` says (``rso_ds.lean``). Layers whose weight the caller has frozen
+    stay as they are. Works on plain models, on the meta device, and on models built under
+    ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
     layer's smaller side, or a target's weight is tied to another parameter's use.
@@ -57,14 +54,15 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         raise RSOConversionError(
             "every layer that 'targets' selects is frozen (requires_grad is False): nothing to train in a subspace."
         )
-    _refuse_tied_targets(model, names)
-    shapes = {name: _linear_shape(model.get_submodule(name)) for name in names}
+    ties = tied_targets(model, names)
+    names = [name for name in names if name not in ties]
+    shapes = {name: _shape(model.get_submodule(name)) for name in names}
     groups = [(members, _rank(members, shapes, config)) for members in _groups(names, shapes)]
     _select_dense(model, config, names)
     pieces = config.lean if isinstance(config.lean, str) else [p for p in config.lean if p != "shared_input"]
-    apply_lean(model, pieces, skip=[model.get_submodule(n) for n in names])
+    apply_lean(model, pieces)
     # Nothing above changed a layer: a refused model is as it was.
-    layers: dict[str, RSOLinear] = {}
+    layers: dict[str, SubspaceLayer] = {}
     replaced: dict[int, nn.Parameter] = {}
     originals: list[nn.Parameter] = []
     subspaces: dict[str, Subspace] = {}
@@ -77,6 +75,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
             originals.append(old.weight)  # type: ignore[arg-type]
             replaced[id(old.weight)] = layer.B
             _put(model, old, layer)
+    for name, first in ties.items():
+        old, tied = model.get_submodule(name), layers[first]
+        _put(model, old, _replacement(old, shapes[first], tied.subspace, SharedInput(1), tied.B))
     return Conversion({name: layers[name] for name in names}, replaced, originals)
 
 
@@ -86,16 +87,17 @@ def target_subspaces(model: nn.Module, config: RSOConfig) -> dict[str, Subspace]
     Raises ``RSOConversionError`` as ``convert`` does for targets and ranks.
     """
     names = resolve_targets(model, config.targets)
-    shapes = {name: _linear_shape(model.get_submodule(name)) for name in names}
+    ties = tied_targets(model, names)
+    shapes = {name: _shape(model.get_submodule(name)) for name in names if name not in ties}
     found: dict[str, Subspace] = {}
     result: dict[str, Subspace] = {}
-    for members in _groups(names, shapes):
+    for members in _groups(list(shapes), shapes):
         subspace = _subspace(found, members, shapes[members[0]][1], _rank(members, shapes, config), config)
         result.update(dict.fromkeys(members, subspace))
     return result
 
 
-def check_conversion(layers: Mapping[str, RSOLinear], config: RSOConfig) -> None:
+def check_conversion(layers: Mapping[str, SubspaceLayer], config: RSOConfig) -> None:
     """Raise ``RSOConversionError`` if ``layers`` were converted with another configuration than ``config``."""
     for name, layer in layers.items():
         for key in ("sampler", "seed", "rank"):
@@ -107,28 +109,21 @@ def check_conversion(layers: Mapping[str, RSOLinear], config: RSOConfig) -> None
                 )
 
 
-def dense_layer(layer: RSOLinear) -> nn.Module:
-    """A plain ``nn.Linear`` (or ``Conv1D``) with weight W + B P^T, merged in fp32, rounded once.
+def dense_layer(layer: SubspaceLayer, merged: nn.Parameter | None = None) -> nn.Module:
+    """A plain ``nn.Linear``, ``Conv1D`` or ``nn.Embedding`` with weight W + B P^T, merged in fp32, rounded once.
 
-    Under ZeRO-3 and FSDP2 the layer is gathered; every rank must call this together and gets the full layer.
+    ``merged`` is that weight, if a layer tied to this one has it already. The bias is the layer's own
+    Parameter, which may be tied too. Under ZeRO-3 and FSDP2 the layer is gathered and the bias copied; every
+    rank must call this together and gets the full layer.
     """
-    with torch.no_grad(), gathered([layer.weight, layer.B, layer.bias]):
-        weight = whole(layer.weight)
-        p = layer.subspace.current(weight.device, weight.dtype)
-        merged = merged_weight(weight, whole(layer.B), p).to(weight.dtype)
-        bias = None if layer.bias is None else whole(layer.bias.detach()).clone()
-    dense: nn.Module
-    if layer.conv1d:
-        from transformers.pytorch_utils import Conv1D
-
-        dense = Conv1D(layer.out_features, layer.in_features)
-        merged = merged.t().contiguous()
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(merged)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias)
-    return dense
+    with torch.no_grad(), gathered([layer.bias] if merged is not None else [layer.weight, layer.B, layer.bias]):
+        if merged is None:
+            weight = merged_weight(whole(layer.weight), whole(layer.B), layer.current_projection())
+            merged = nn.Parameter(weight.to(layer.weight.dtype))
+        bias = layer.bias
+        if bias is not None and (is_partitioned(bias) or isinstance(bias, DTensor)):
+            bias = nn.Parameter(whole(bias.detach()).clone())
+    return layer.stock(merged, bias)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -140,15 +135,18 @@ def to_dense(model: nn.Module) -> nn.Module:
         raise RSOConversionError(
             "the model is sharded by FSDP2: use rso_ds.checkpoint.dense_state_dict or save_dense, which gather it."
         )
-    for _, layer in list(rso_layers(model)):
-        layer.shared_input.detach()
-        _put(model, layer, dense_layer(layer))
+    merged: dict[int, nn.Parameter] = {}
+    for _, layer in list(subspace_modules(model)):
+        layer.detach()
+        dense = dense_layer(layer, merged.get(id(layer.B)))
+        merged[id(layer.B)] = dense.weight  # type: ignore[assignment]
+        _put(model, layer, dense)
     remove_lean(model)
     return model
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer or Conv1D, partitioned or not."""
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, Conv1D or embedding, partitioned or not."""
     rows, cols = full_shape(module.weight)  # type: ignore[arg-type]
     return (cols, rows) if is_conv1d(module) else (rows, cols)
 
@@ -194,14 +192,22 @@ def _shared_input(model: nn.Module, members: list[str], config: RSOConfig) -> Sh
     return shared
 
 
-def _replacement(old: nn.Module, shape: tuple[int, int], subspace: Subspace, shared: SharedInput) -> RSOLinear:
+def _replacement(
+    old: nn.Module, shape: tuple[int, int], subspace: Subspace, shared: SharedInput, B: nn.Parameter | None = None
+) -> SubspaceLayer:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
-    conv1d = is_conv1d(old)
-    if conv1d:
-        with torch.no_grad(), gathered([weight]):
-            weight = nn.Parameter(weight.detach().t().contiguous())
-    layer = RSOLinear(weight, old.bias, shape[1], shape[0], subspace, shared, conv1d)  # type: ignore[arg-type]
+    out_features, in_features = shape
+    layer: SubspaceLayer
+    if type(old) is nn.Embedding:
+        layer = RSOEmbedding(weight, in_features, out_features, subspace, old.padding_idx, B)
+    else:
+        conv1d = is_conv1d(old)
+        if conv1d:
+            with torch.no_grad(), gathered([weight]):
+                weight = nn.Parameter(weight.detach().t().contiguous())
+        layer = RSOLinear(weight, old.bias, in_features, out_features, subspace, shared, conv1d, B)  # type: ignore[arg-type]
     layer.train(old.training)
+    pass_on(old, layer)
     return layer
 
 
@@ -211,27 +217,6 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for child_name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[child_name] = new
-
-
-def _refuse_tied_targets(model: nn.Module, names: list[str]) -> None:
-    owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for leaf, param in module._parameters.items():
-            if param is not None:
-                owners.setdefault(id(param), []).append(f"{module_name}.{leaf}" if module_name else leaf)
-    declared = getattr(model, "_tied_weights_keys", None) or {}
-    tie_on = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    for name in names:
-        weight_name = f"{name}.weight"
-        others = [o for o in owners[id(model.get_submodule(name).weight)] if o != weight_name]
-        if tie_on and isinstance(declared, dict) and weight_name in declared:
-            others.append(declared[weight_name])
-        if others:
-            raise RSOConversionError(
-                f"'targets': {weight_name} is tied to {others[0]}: one of them would train densely what the"
-                " other freezes. Leave the layer out of 'targets', or untie it (config.tie_word_embeddings ="
-                " False) before conversion."
-            )
 
 
 def _select_dense(model: nn.Module, config: RSOConfig, targets: list[str]) -> None:
@@ -250,4 +235,4 @@ def _select_dense(model: nn.Module, config: RSOConfig, targets: list[str]) -> No
             param.requires_grad_(False)
 
 
-__all__ = ["Conversion", "check_conversion", "convert", "dense_layer", "rso_layers", "to_dense"]
+__all__ = ["Conversion", "check_conversion", "convert", "dense_layer", "to_dense"]

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from rso_ds.layers.base import SubspaceLayer
 from rso_ds.layers.functional import sharing_linear, subspace_linear_and_z
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.subspace import Subspace
 
 
-class RSOLinear(nn.Module):
-    """A linear layer trained in a random subspace: effective weight W + B P^T.
+class RSOLinear(SubspaceLayer):
+    """A linear layer trained in a random subspace.
 
-    Parameters of the module:
-        weight [out, in]: W, frozen; only a subspace boundary changes it.
-        B [out, rank]: trainable, 0 at the start of every subspace.
-        bias [out] or None: trained densely.
-    ``subspace`` holds P [in, rank]; ``shared_input`` serves the layers that are fed the same x.
-    ``conv1d`` records that the layer was a transformers ``Conv1D`` (weight stored [in, out] there).
+    ``shared_input`` serves the layers that are fed the same x. ``conv1d`` records that the layer was a
+    transformers ``Conv1D`` (weight stored [in, out] there).
     """
-
-    B: nn.Parameter
 
     def __init__(
         self,
@@ -32,27 +26,38 @@ class RSOLinear(nn.Module):
         subspace: Subspace,
         shared_input: SharedInput | None = None,
         conv1d: bool = False,
+        B: nn.Parameter | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.subspace = subspace
+        super().__init__(weight, bias, in_features, out_features, subspace, B)
         self.shared_input = SharedInput(1) if shared_input is None else shared_input
         self.conv1d = conv1d
-        self.weight = weight
-        self.weight.requires_grad_(False)
-        self.bias = bias
-        self.B = nn.Parameter(torch.zeros(out_features, subspace.rank, dtype=weight.dtype, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        p = self.subspace.projection(self.weight.device, self.weight.dtype)
+        p = self.projection()
         z = self.shared_input.take(x, p)
         if z is not None:
             return sharing_linear(x, z, self.weight, self.B, self.bias)
         y, z = subspace_linear_and_z(x, self.weight, self.B, p, self.bias)
         self.shared_input.put(x, p, z)
         return y
+
+    def stock(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+        linear: nn.Module
+        if self.conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            linear = Conv1D(self.out_features, self.in_features)
+            weight = nn.Parameter(weight.detach().t().contiguous())
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = weight
+        if bias is not None:
+            linear.bias = bias
+        return linear
+
+    def detach(self) -> None:
+        self.shared_input.detach()
 
     def extra_repr(self) -> str:
         return (

@@ -8,7 +8,7 @@ from collections import Counter
 from torch import nn
 
 from rso_ds.config import RSOConfig
-from rso_ds.layers.convert import rso_layers
+from rso_ds.layers.base import rso_layers, subspace_modules
 from rso_ds.layers.partitioned import full_numel
 
 
@@ -39,10 +39,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def summary_table(model: nn.Module, config: RSOConfig) -> str:
-    """Plain text, a line per kind of layer (block indices folded into ``*``), then the totals."""
+    """Plain text, a line per kind of layer (block indices folded into ``*``, tied layers joined by =), then
+    the totals."""
     kinds: Counter[tuple[str, int, int, int]] = Counter()
-    for name, layer in rso_layers(model):
-        folded = re.sub(r"\.\d+\.", ".*.", name)
+    names: dict[int, list[str]] = {}
+    for name, layer in subspace_modules(model):
+        names.setdefault(id(layer.B), []).append(name)
+    for _, layer in rso_layers(model):
+        folded = re.sub(r"\.\d+\.", ".*.", " = ".join(names[id(layer.B)]))
         kinds[(folded, layer.out_features, layer.in_features, layer.subspace.rank)] += 1
     width = max([len("layer"), *(len(kind[0]) for kind in kinds)])
     lines = [

@@ -28,6 +28,9 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "xlm-roberta": _BERT,
 }
 
+# Items of ``targets`` that stand for a layer by its place in the model: the method that returns it.
+PLACES = {"embeddings": "get_input_embeddings", "head": "get_output_embeddings"}
+
 # Siblings (children of one module) that are fed the same tensor, so that one P serves all.
 SHARED_INPUT: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -58,25 +61,33 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers of ``model`` that ``targets`` selects, in model order.
+    """Names of the layers of ``model`` that ``targets`` selects, in model order.
 
-    Raises ``RSOConversionError`` if nothing matches, if a pattern matches nothing, or if 'default' is
-    asked for a model type that has no entry in ``DEFAULT_TARGETS``.
+    They are linear layers, and the input embedding if ``targets`` has the item "embeddings". Raises
+    ``RSOConversionError`` if nothing matches, if a pattern matches nothing, if 'default' is asked for a model
+    type that has no entry in ``DEFAULT_TARGETS``, or if the embedding or head is of a kind that cannot train in
+    a subspace.
     """
     candidates = [name for name, module in model.named_modules() if is_linear(module)]
     if targets == "all-linear":
-        output = _output_layer(model)
+        output = _at_place(model, "head")
         return [n for n in candidates if model.get_submodule(n) is not output]
     patterns: list[str] = []
+    placed: set[str] = set()
     for item in ("default",) if targets == "default" else tuple(targets):
-        patterns.extend(_defaults_for(model) if item == "default" else (item,))
+        if item in PLACES:
+            placed.add(_name_at_place(model, item))
+        else:
+            patterns.extend(_defaults_for(model) if item == "default" else (item,))
     for pattern in patterns:
         if not any(matches(name, (pattern,)) for name in candidates):
             raise RSOConversionError(
                 f"'targets': no linear layer of {type(model).__name__} matches {pattern!r}."
                 f" Its linear layers end in: {', '.join(_endings(candidates)) or '(it has none)'}."
+                ' The token embedding is selected by the word "embeddings".'
             )
-    return [name for name in candidates if matches(name, patterns)]
+    chosen = {name for name in candidates if matches(name, patterns)} | placed
+    return [name for name, _ in model.named_modules() if name in chosen]
 
 
 def shared_input_key(name: str) -> tuple[str, tuple[str, ...]]:
@@ -99,9 +110,36 @@ def _defaults_for(model: nn.Module) -> tuple[str, ...]:
     return DEFAULT_TARGETS[model_type]
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+def _at_place(model: nn.Module, place: str) -> nn.Module | None:
+    getter = getattr(model, PLACES[place], None)
+    try:
+        return getter() if callable(getter) else None
+    except NotImplementedError:  # transformers: this model has no such layer
+        return None
+
+
+def _name_at_place(model: nn.Module, place: str) -> str:
+    module = _at_place(model, place)
+    name = next((n for n, m in model.named_modules() if m is module), None)
+    if module is None or name is None:
+        raise RSOConversionError(
+            f"'targets': {place!r}: {type(model).__name__}.{PLACES[place]}() gives no layer of the model: leave"
+            f' {place!r} out of the list, or name a linear layer by a glob ("*{place}").'
+        )
+    wanted = "nn.Embedding" if place == "embeddings" else "nn.Linear or Conv1D"
+    if not (type(module) is nn.Embedding if place == "embeddings" else is_linear(module)):
+        raise RSOConversionError(
+            f"'targets': {place!r}: {name} is of class {type(module).__name__} and only {wanted} itself can train in a"
+            f" subspace: leave {place!r} out of the list."
+        )
+    for option, off in (("sparse", False), ("max_norm", None), ("scale_grad_by_freq", False)):
+        if getattr(module, option, off) != off:
+            raise RSOConversionError(
+                f"'targets': 'embeddings': {name} has {option}={getattr(module, option)!r}, which a subspace does not"
+                f" follow. Build the embedding with {option}={off} (the gradient of B is dense, and only rank/hidden"
+                " of W's), or leave 'embeddings' out of the list."
+            )
+    return name
 
 
 def _endings(names: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ subclass of that class with another ``forward``. Taking the class back restores 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -49,10 +49,8 @@ CAUSAL_LMS = (
 Plan = list[tuple[nn.Module, Any, dict[str, Any]]]
 
 
-def apply_lean(model: nn.Module, pieces: str | Sequence[str], skip: Collection[nn.Module] = ()) -> dict[str, int]:
+def apply_lean(model: nn.Module, pieces: str | Sequence[str]) -> dict[str, int]:
     """Make the modules of ``model`` lean, in place; returns how many modules each piece replaced.
-
-    ``skip``: layers that will not stay what they are (the targets of a conversion).
 
     ``pieces``: "all" (whatever the model has), "none", or some of "norm", "activation", "loss" (each must
     find a module) and "liger" (liger-kernel's kernels on CUDA, where installed; demanded by name, the
@@ -68,7 +66,7 @@ def apply_lean(model: nn.Module, pieces: str | Sequence[str], skip: Collection[n
     for piece, rule in _RULES.items():
         if pieces != "all" and piece not in demanded:
             continue
-        plans[piece] = [step for module in model.modules() for step in rule(module, liger, skip)]
+        plans[piece] = [step for module in model.modules() for step in rule(module, liger)]
         if piece in demanded and not plans[piece]:
             raise RSOConversionError(
                 f"'lean': nothing in {type(model).__name__} for {piece!r}: leave it out of the list, or use \"all\"."
@@ -78,6 +76,14 @@ def apply_lean(model: nn.Module, pieces: str | Sequence[str], skip: Collection[n
             module.__class__ = _lean_class(type(module), forward)  # type: ignore[arg-type]
             module.__dict__["_lean"] = settings
     return {piece: len(plan) for piece, plan in plans.items()}
+
+
+def pass_on(old: nn.Module, new: nn.Module) -> None:
+    """Make ``new``, which takes the place of ``old``, lean if ``old`` is (a head trained in a subspace)."""
+    if hasattr(type(old), "_lean_stock"):
+        kind: Any = type(new)
+        new.__class__ = _lean_class(kind, type(old)._lean_forward)  # type: ignore[attr-defined,assignment]
+        new.__dict__["_lean"] = old.__dict__["_lean"]
 
 
 def remove_lean(model: nn.Module) -> None:
@@ -98,7 +104,9 @@ def _lean_class(stock: type, forward: Any) -> type:
         # A new object of this class (type(model).from_pretrained(...)) has not been made lean.
         return (stock.forward if self._lean is None else forward)(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    body = {"forward": run, "_lean": None, "_lean_stock": stock, "__module__": stock.__module__}
+    body = {
+        "forward": run, "_lean": None, "_lean_stock": stock, "_lean_forward": forward, "__module__": stock.__module__
+    }  # fmt: skip
     return type(stock.__name__, (stock,), body)
 
 
@@ -113,7 +121,7 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, **self._lean)
 
 
-def _lean_norm(module: Any, liger: bool, skip: Collection[nn.Module]) -> Plan:
+def _lean_norm(module: Any, liger: bool) -> Plan:
     if not _is(module, NORMS):
         return []
     attribute, offset = NORMS[type(module).__name__]
@@ -128,7 +136,7 @@ def _activation_forward(self: Any, input: Tensor) -> Tensor:
     return activation(input, **self._lean)
 
 
-def _lean_activation(module: Any, liger: bool, skip: Collection[nn.Module]) -> Plan:
+def _lean_activation(module: Any, liger: bool) -> Plan:
     if _is(module, GATED_MLPS):
         kind, _ = ACTIVATION_CLASSES.get(type(module.act_fn).__name__, (None, False))
         return [(module, _gated_forward, {"kind": kind, "liger": liger})] if kind else []
@@ -142,7 +150,9 @@ def _head_forward(self: Any, hidden: Tensor, labels: Tensor | None = None, **los
     # The head computes the loss itself, so that ZeRO-3 gathers its weight around both.
     if labels is None and not loss_options:
         return self._lean_stock.forward(self, hidden)
-    return causal_lm_loss(hidden, self.weight, self.bias, labels, **loss_options)
+    B = getattr(self, "B", None)  # of a head trained in a subspace
+    P = None if B is None else self.projection()
+    return causal_lm_loss(hidden, self.weight, self.bias, labels, B=B, P=P, **loss_options)
 
 
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +175,8 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _lean_loss(module: Any, liger: bool, skip: Collection[nn.Module]) -> Plan:
-    if not _is(module, CAUSAL_LMS) or type(module.lm_head) is not nn.Linear or module.lm_head in skip:
+def _lean_loss(module: Any, liger: bool) -> Plan:
+    if not _is(module, CAUSAL_LMS) or type(module.lm_head) is not nn.Linear:
         return []
     if getattr(module, "loss_type", None) not in (None, "ForCausalLM") or "_loss_function" in vars(module):
         return []  # the caller has set a loss of his own

@@ -47,6 +47,22 @@ class _LoRALinear(nn.Module):
         return y + nn.functional.linear(nn.functional.linear(x, self.A), self.C)
 
 
+class _LoRAEmbedding(nn.Module):
+    """y = W[ids] + A[ids] C^T."""
+
+    def __init__(self, embedding: nn.Module, rank: int) -> None:
+        super().__init__()
+        weight: Tensor = embedding.weight  # type: ignore[assignment]
+        self.weight = weight
+        vocab, hidden = weight.shape
+        self.A = nn.Parameter(weight.new_zeros(vocab, rank))
+        self.C = nn.Parameter(weight.new_zeros(hidden, rank))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = nn.functional.embedding(ids, self.weight)
+        return rows + nn.functional.linear(nn.functional.embedding(ids, self.A), self.C)
+
+
 def method(name: str, config: RSOConfig) -> Method:
     """One of ``METHODS`` with the rank and targets of ``config``."""
     if name == "rso":
@@ -69,7 +85,7 @@ def _count_rso(model: nn.Module) -> Sizes:
     spaces = {id(layer.subspace): layer for layer in layers}.values()
     p = 0
     for layer in spaces:
-        P = layer.subspace.projection(layer.weight.device, layer.weight.dtype)
+        P = layer.projection()
         p += P.numel() * (8 if is_coordinates(P) else P.element_size())
     base = _count_dense(model)
     return Sizes(
@@ -103,26 +119,27 @@ def _adapt(model: nn.Module, config: RSOConfig) -> None:
     for param in model.parameters():
         param.requires_grad_(False)
     for name in names:
-        linear = model.get_submodule(name)
+        target = model.get_submodule(name)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _LoRALinear(linear, _rank(linear, config)))
+        adapter = _LoRAEmbedding if isinstance(target, nn.Embedding) else _LoRALinear
+        setattr(model.get_submodule(parent), leaf, adapter(target, _rank(target, config)))
 
 
 def _count_galore(model: nn.Module, config: RSOConfig) -> Sizes:
     """GaLore projects the smaller side of each target's gradient: moments [r, larger], projector [smaller, r]."""
     base = _count_dense(model)
     solver, projector = base.dense, 0
-    for name in resolve_targets(model, config.targets):
-        linear = model.get_submodule(name)
-        shape: torch.Size = linear.weight.shape  # type: ignore[union-attr,assignment]
-        rank = _rank(linear, config)
+    targets = [model.get_submodule(name) for name in resolve_targets(model, config.targets)]
+    for target in {id(t.weight): t for t in targets}.values():  # a tied weight has one gradient
+        shape: torch.Size = target.weight.shape  # type: ignore[union-attr,assignment]
+        rank = _rank(target, config)
         solver += rank * max(shape) - shape.numel()
         projector += rank * min(shape) * 4
     return replace(base, projection_bytes=projector, solver=solver)
 
 
-def _rank(linear: nn.Module, config: RSOConfig) -> int:
-    smaller = min(linear.weight.shape)  # type: ignore[union-attr,arg-type]
+def _rank(target: nn.Module, config: RSOConfig) -> int:
+    smaller = min(target.weight.shape)  # type: ignore[union-attr,arg-type]
     if config.rank is not None:
         return min(config.rank, smaller)
     assert config.rank_ratio is not None

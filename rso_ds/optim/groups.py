@@ -9,7 +9,7 @@ from torch import nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 
 # Keys that mark our groups inside the solver's param_groups; solvers carry unknown keys along.
 IS_SUBSPACE = "rso_subspace"
@@ -18,7 +18,7 @@ W_DECAY = "rso_weight_decay"
 
 def solver_groups(
     params: Iterable[Any],
-    layers: Mapping[str, RSOLinear],
+    layers: Mapping[str, SubspaceLayer],
     replaced: Mapping[int, nn.Parameter],
     config: RSOConfig,
 ) -> list[dict[str, Any]]:
@@ -75,7 +75,9 @@ def solver_groups(
     return result
 
 
-def layer_groups(layers: Mapping[str, RSOLinear], groups: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
+def layer_groups(
+    layers: Mapping[str, SubspaceLayer], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[int]]:
     """(decoupled decay of W, index of the group that holds B) of every layer, in order."""
     index = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     where = [index[id(layer.B)] for layer in layers.values()]

@@ -22,23 +22,23 @@ def run(spec):
     rank, world = dist.get_rank(), dist.get_world_size()
     if spec["zero_init"]:
         # zero.Init partitions as the modules are made; give it the values of the plain model.
-        values = tiny_llama.build(spec["intermediate"]).state_dict()
+        values = tiny_llama.build(spec["intermediate"], **spec["model"]).state_dict()
         sizes = {"train_batch_size": MICRO * world * spec["gas"]}
         with deepspeed.zero.Init(config_dict_or_path={**spec["json"], **sizes}):
-            model = tiny_llama.build(spec["intermediate"])
+            model = tiny_llama.build(spec["intermediate"], **spec["model"])
         for name, param in model.named_parameters():
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
                 if rank == 0:
                     param.data.copy_(values[name])
     else:
-        model = tiny_llama.build(spec["intermediate"])
+        model = tiny_llama.build(spec["intermediate"], **spec["model"])
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
     engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
     engine.train()
     losses, lrs = [], []
     for step in range(STEPS):
-        ids = tiny_llama.tokens(step, MICRO * world * spec["gas"])
+        ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
         lrs.append(engine.rso.shards.solver.param_groups[0]["lr"])
         total = 0.0
         for micro in ids.view(spec["gas"], world, MICRO, -1)[:, rank]:

@@ -29,10 +29,15 @@ def cases():
     yield "zero3-bf16-masters", 3, "bf16", {"master_weights": "device"}, {}
     yield "zero3-bf16-persistent", 3, "bf16", {}, {"stage3_param_persistence_threshold": 100_000}
     yield "checkpointing", 3, "fp32", {}, {}, True
+    tokens = {"targets": ["default", "embeddings", "head"]}
+    yield "zero2-fp32-embeddings", 2, "fp32", tokens, {}
+    yield "zero3-bf16-embeddings", 3, "bf16", tokens, {}
+    for stage in range(4):
+        yield f"zero{stage}-bf16-tied", stage, "bf16", tokens, {}, False, True
     yield "zero2-bf16-masters", 2, "bf16", {"master_weights": "cpu"}, {}
 
 
-def run(stage, precision, rso, zero, checkpointing=False):
+def run(stage, precision, rso, zero, checkpointing=False, tie=False):
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
@@ -44,7 +49,7 @@ def run(stage, precision, rso, zero, checkpointing=False):
     }  # fmt: skip
     if precision != "fp32":
         config[precision] = {"enabled": True}
-    model = tiny_llama.build(86)
+    model = tiny_llama.build(86, tie=tie)
     engine, *_ = rso_ds.initialize(model=model, config=json.loads(json.dumps(config)))
     engine.train()
     if checkpointing:

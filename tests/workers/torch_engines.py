@@ -50,7 +50,7 @@ def wrap(model, spec):
 def run(spec):
     rank, world = dist.get_rank(), dist.get_world_size()
     config = rso_ds.RSOConfig(**spec["rso"])
-    model = tiny_llama.build(spec["intermediate"])
+    model = tiny_llama.build(spec["intermediate"], **spec["model"])
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
     rso_ds.convert(model, config)
@@ -61,7 +61,7 @@ def run(spec):
     losses, traffic = [], install()
     before = {kind: traffic.total(kind) for kind in ("gradient", "weights", "boundary")}
     for step in range(spec["steps"]):
-        ids = tiny_llama.tokens(step, MICRO * world * spec["gas"])
+        ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
         if spec["evaluate"]:
             with torch.no_grad():
                 tiny_llama.loss_of(model, ids[:MICRO])

@@ -19,11 +19,11 @@ from rso_ds.engines.deepspeed.loss_scale import scale_loss_at_stage_0
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.engines.replicated import ReplicatedShards
 from rso_ds.errors import RSOCheckpointError, RSOUnsupportedError
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
 
 
-def attach(engine: Any, layers: Mapping[str, RSOLinear], config: RSOConfig, where: list[int]) -> Boundary:
+def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, where: list[int]) -> Boundary:
     """Make ``engine`` cross subspace boundaries and checkpoint RSO's state. Returns the boundary.
 
     ``where[i]`` is the index of the solver's parameter group that holds the B of layer i.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rso_ds.boundary import SolverShard
 from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 
 
 @dataclass
@@ -46,7 +46,7 @@ class FlatShards(ReplicatedShards):
 
     def __init__(
         self,
-        layers: Mapping[str, RSOLinear],
+        layers: Mapping[str, SubspaceLayer],
         solver: torch.optim.Optimizer,
         device: torch.device,
         groups: Sequence[FlatGroup],
@@ -57,7 +57,7 @@ class FlatShards(ReplicatedShards):
         ours = {id(layer.B) for layer in self.layers.values()}
         self._of_b = {b: flat for flat in groups for b in flat.offsets if b in ours}
 
-    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
         flat = self._of_b[id(layer.B)]
         begin = flat.offsets[id(layer.B)]
         end = begin + layer.B.numel()
@@ -74,7 +74,7 @@ class FlatShards(ReplicatedShards):
             [flat.master.data[local]],
         )
 
-    def cuts(self, layer: RSOLinear) -> list[int]:
+    def cuts(self, layer: SubspaceLayer) -> list[int]:
         flat = self._of_b[id(layer.B)]
         begin = flat.offsets[id(layer.B)]
         at = [i * flat.piece - begin for i in range(1, flat.pieces)]

@@ -18,10 +18,12 @@ from rso_ds.engines.deepspeed.flat import FlatGroup, FlatShards
 from rso_ds.engines.deepspeed.stage3 import Stage3Shards
 from rso_ds.engines.replicated import ReplicatedShards, restart_step
 from rso_ds.errors import RSOUnsupportedError
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 
 
-def deepspeed_shards(engine: Any, layers: Mapping[str, RSOLinear], master_weights: str = "none") -> ReplicatedShards:
+def deepspeed_shards(
+    engine: Any, layers: Mapping[str, SubspaceLayer], master_weights: str = "none"
+) -> ReplicatedShards:
     """Adapter for ``engine.optimizer``. Raises ``RSOUnsupportedError`` for a class it does not know."""
     optimizer = engine.optimizer
     device = torch.device(get_accelerator().current_device_name())

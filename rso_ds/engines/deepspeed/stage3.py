@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
-from rso_ds.layers import RSOLinear
+from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.partitioned import gathered
 
 
@@ -23,7 +23,7 @@ class Stage3Shards(ReplicatedShards):
     """``zero`` is DeepSpeed's ZeRO-3 optimizer; its sub-groups hold the fp32 masters and solver state."""
 
     def __init__(
-        self, layers: Mapping[str, RSOLinear], zero: Any, device: torch.device, group: Any, master_weights: str
+        self, layers: Mapping[str, SubspaceLayer], zero: Any, device: torch.device, group: Any, master_weights: str
     ) -> None:
         super().__init__(layers, zero.optimizer, device, group=group, master_weights=master_weights)
         self.zero_optimizer = zero
@@ -44,7 +44,7 @@ class Stage3Shards(ReplicatedShards):
         if persistent:
             persistent[0].all_gather(persistent)
 
-    def merge(self, name: str, layer: RSOLinear, P: Tensor, decay: float, rounding: Rounding) -> None:
+    def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight, b, in_features = _zero_params(layer)
         start, stop = self._interval(weight)
         top, bottom = start // in_features, -(-stop // in_features)  # the rows that this piece touches
@@ -64,12 +64,12 @@ class Stage3Shards(ReplicatedShards):
         merged = self.merged_rows(name, rows, rows_of_b, P, decay)
         shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[mine])
 
-    def zero(self, layer: RSOLinear) -> None:
+    def zero(self, layer: SubspaceLayer) -> None:
         _, b, _ = _zero_params(layer)
         b.ds_tensor.zero_()
         self._drop_secondary(b)
 
-    def solver_shard(self, layer: RSOLinear) -> SolverShard:
+    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
         start, stop = self._interval(layer.B)
         flat, offset = self._masters[id(layer.B)]
         mine = slice(offset, offset + stop - start)
@@ -82,7 +82,7 @@ class Stage3Shards(ReplicatedShards):
             [flat.data[mine]],
         )
 
-    def cuts(self, layer: RSOLinear) -> list[int]:
+    def cuts(self, layer: SubspaceLayer) -> list[int]:
         _, b, _ = _zero_params(layer)
         numel, piece = b.ds_numel, b.ds_tensor.ds_numel
         return [i * piece for i in range(1, self.world_size) if i * piece < numel]
@@ -107,6 +107,6 @@ class Stage3Shards(ReplicatedShards):
             param.ds_secondary_tensor = None
 
 
-def _zero_params(layer: RSOLinear) -> tuple[Any, Any, int]:
+def _zero_params(layer: SubspaceLayer) -> tuple[Any, Any, int]:
     """(W, B, in): the parameters with the ``ds_*`` attributes that ZeRO-3 has given them."""
     return layer.weight, layer.B, layer.in_features
