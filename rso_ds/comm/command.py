@@ -75,7 +75,7 @@ def _methods(build: Any, rso: RSOConfig, layout: Layout) -> list[tuple[str, list
         with FakeTensorMode():
             model = build(torch.bfloat16 if low else torch.float32, None)
             chosen.prepare(model)
-            exchange = Exchange.of(model, rso.interval, name == "rso" and rso.communicate == "boundary")
+            exchange = Exchange.of(model, rso)
         if name == "powersgd":
             where = replace(layout, engine=replace(layout.engine, kind="ddp"), replicas=1, hpz=1)
             found.append((name, powersgd(exchange, where, _rank(rso, exchange)), where))

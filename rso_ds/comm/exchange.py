@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
+from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConfigError
 from rso_ds.layers import rso_layers
 from rso_ds.memory.states import Engine
 from rso_ds.memory.trace import block_names
+from rso_ds.optim import CARRY_OVER
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,20 @@ class Parameter:
 @dataclass(frozen=True)
 class Exchange:
     """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
-    compared at a boundary every ``interval`` steps; ``interval`` 0: there is none."""
+    compared at a boundary every ``interval`` steps; ``interval`` 0: there is none. ``whole_rows``: the
+    carry-over rule looks at whole rows of B, so that those cut between ranks are exchanged."""
 
     parameters: tuple[Parameter, ...]
     projections: int = 0
     weights: int = 0
     interval: int = 0
     local_steps: bool = False
+    whole_rows: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, interval: int = 0, local_steps: bool = False) -> Exchange:
-        """Read off a converted or dense model, on any device; groups as ``launch/train.py`` makes them: B,
-        dense matrices, vectors."""
+    def of(cls, model: nn.Module, config: RSOConfig) -> Exchange:
+        """Read off a model converted with ``config`` or a dense one, on any device; parameter groups as
+        ``launch/train.py`` makes them: B, dense matrices, vectors."""
         layers = [layer for _, layer in rso_layers(model)]
         b = {id(layer.B) for layer in layers}
         unit = {id(p): i for i, name in enumerate(block_names(model)) for p in model.get_submodule(name).parameters()}
@@ -56,7 +60,11 @@ class Exchange:
             kind = 0 if id(p) in b else 1 if p.dim() > 1 else 2
             found.append(Parameter(tuple(p.shape), unit.get(id(p)), kind if p.requires_grad else None))
         spaces = {id(layer.subspace) for layer in layers}
-        return cls(tuple(found), len(spaces), len(layers), interval if layers else 0, local_steps and bool(layers))
+        if not layers:
+            return cls(tuple(found))
+        whole_rows = CARRY_OVER[config.carry_over].needs_whole_rows
+        local_steps = config.communicate == "boundary"
+        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows)
 
     @property
     def trained(self) -> list[Parameter]:
@@ -117,7 +125,7 @@ def transfers(exchange: Exchange, layout: Layout) -> list[Transfer]:
         over = "replicas" if sharded else "world"
         found.append(Transfer("boundary", "all_reduce", over, 4 * trained / exchange.interval, 1 / exchange.interval))
     if exchange.interval:
-        found += _checksums(exchange, layout)
+        found += _checksums(exchange, layout) + _split_rows(exchange, layout)
     return [t for t in found if t.payload]
 
 
@@ -193,15 +201,58 @@ def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
     often = engine.itemsize * sum(-(-p.numel // n) for p in large)
     # Kept from forward to backward where it all fits; gathered anew in backward otherwise.
     twice = sum(p.numel for p in exchange.parameters) > min(engine.max_live, engine.max_reuse)
+    if layout.hpz > 1:
+        return [*result, *_with_secondary_copies(exchange, layout, large, once, times * (2 if twice else 1))]
     if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
         result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
     result.append(Transfer("weights", "all_gather", "world", once + often * times, len(large) * times + 1))
-    if twice and layout.hpz > 1:
-        inner = engine.itemsize * sum(-(-p.numel // layout.hpz) for p in large)
-        result.append(Transfer("weights", "all_gather", "shards", inner * times, len(large) * times))
-    elif twice:
+    if twice:
         result.append(Transfer("weights", "all_gather", "world", often * times, len(large) * times))
     return result
+
+
+def _with_secondary_copies(
+    exchange: Exchange, layout: Layout, large: Sequence[Parameter], once: float, gathers: int
+) -> list[Transfer]:
+    """ZeRO++ hpZ: a parameter is gathered over all ranks once after it has changed, and inside its ``hpz`` ranks
+    from then on. What trains changes at every step, W at every boundary."""
+    e, n = layout.engine.itemsize, layout.engine.gpus
+    world, inner = once, 0.0
+    for p in large:
+        fresh = 1.0 if p.group is not None else 1 / exchange.interval if exchange.interval else 0.0
+        world += e * -(-p.numel // n) * fresh
+        inner += e * -(-p.numel // layout.hpz) * (gathers - fresh)
+    return [
+        Transfer("weights", "all_gather", "world", world, len(large)),
+        Transfer("weights", "all_gather", "shards", inner, len(large) * gathers),
+    ]
+
+
+def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    """Moments of the rows of B that ZeRO cuts between ranks; at stage 3 also the B whose rows are not those of W."""
+    if layout.engine.kind != "zero" or layout.engine.stage == 0:
+        return []
+    n, stage = layout.engine.gpus, layout.engine.stage
+    ours = [p for p in exchange.parameters if p.group == 0]
+    piece = _flat(exchange.trained, 0, n) // n
+    rows, widest, gathered, begin = 0, 0, 0, 0
+    for p in ours:
+        if stage == 3:
+            piece = -(-p.numel // n)
+            cuts = {i * piece for i in range(1, n) if i * piece < p.numel}
+            gathered += piece if p.shape[0] % n else 0
+        else:
+            cuts = {i * piece - begin for i in range(1, n) if 0 < i * piece - begin < p.numel}
+            begin += p.numel
+        split = {cut // p.shape[1] for cut in cuts if cut % p.shape[1]}
+        rows += len(split)
+        widest = max(widest, p.shape[1] if split else 0)
+    table = 2 * 4 * rows * widest if exchange.whole_rows else 0
+    per = exchange.interval
+    return [
+        Transfer("boundary", "all_reduce", "world", table / per, 1 / per),
+        Transfer("boundary", "all_gather", "world", layout.engine.itemsize * gathered / per, len(ours) / per),
+    ]
 
 
 def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:

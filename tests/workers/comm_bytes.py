@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from comm_cases import INTERVAL, STEPS, cases
+from comm_cases import INTERVAL, STEPS, cases, full_cases
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -68,7 +68,19 @@ def engine_of(spec, model):
             None, spec["rank"], start_powerSGD_iter=2, min_compression_rate=1, use_error_feedback=True
         )
         engine._wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    if spec["method"] == "galore":
+        use_galore(engine, spec["rank"])
     return engine
+
+
+def use_galore(engine, rank):
+    """Its own optimizer, which projects gradients after DDP has averaged them."""
+    from galore_torch import GaLoreAdamW
+
+    matrices = [p for n, p in engine.module.named_parameters() if "_proj" in n]
+    others = [p for n, p in engine.module.named_parameters() if "_proj" not in n]
+    galore = {"params": matrices, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    engine.optimizer = GaLoreAdamW([galore, {"params": others}], lr=1e-3)
 
 
 def predicted(spec, model):
@@ -76,7 +88,7 @@ def predicted(spec, model):
     rso = rso_ds.RSOConfig(interval=INTERVAL, **spec["rso"])
     name = spec["method"] if spec["method"] in ("rso", "lora", "galore") else "adamw"
     method(name, rso).prepare(model)
-    exchange = Exchange.of(model, INTERVAL, rso.communicate == "boundary")
+    exchange = Exchange.of(model, rso)
     kind = spec["engine"]
     layout = Layout.from_json(ds_json(spec), dist.get_world_size(), kind, spec["replicas"])
     is_powersgd = spec["method"] == "powersgd"
@@ -117,10 +129,11 @@ import deepspeed  # noqa: E402  (after the environment)
 deepspeed.init_distributed("gloo", verbose=False)
 PLACE = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
 install().learn_nodes()
-only = os.environ.get("ONLY", "").split()
+only = os.environ.get("ONLY_ROWS", "")
 results = {}
-for name, spec in cases(dist.get_world_size()).items():
-    if only and name not in only:
+choose = full_cases if os.environ.get("FULL") else cases
+for name, spec in choose(dist.get_world_size()).items():
+    if only not in name:
         continue
     print("CASE", name, flush=True)
     try:

@@ -246,7 +246,7 @@ for name, (make, options, feedback) in {
     "haar with feedback": (tiny_llama.build, {}, True),
     "coordinate with feedback": (tiny_llama.build, {"sampler": "coordinate"}, True),
     "GPT-2": (gpt2, {}, False),
-    "tied embeddings": (lambda: tiny_llama.build(vocab=63, tie=True), {"targets": TOKENS}, False),
+    "tied embeddings": (lambda: tiny_llama.build(tie=True), {"targets": TOKENS}, False),
 }.items():
     results["dense_hook"][name] = dense_hook(make, rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, **options), feedback)
 results["module mode"] = same_as_module_mode()
