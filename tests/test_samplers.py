@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rso_ds.config import SAMPLERS
-from rso_ds.subspace import dense_projection, projection_seed, sample_projection
+from rso_ds.subspace import Subspace, dense_projection, projection_seed, sample_projection
 
 IN, RANK, DRAWS = 12, 4, 4000
 
@@ -82,3 +82,11 @@ def test_sampling_leaves_the_global_generator_alone():
 def test_seed_is_pinned():
     """A changed seed derivation would silently change every resumed run."""
     assert projection_seed(0, "model.layers.0.mlp.down_proj", 7) == 4016450046952599017
+
+
+def test_the_merge_uses_the_p_of_the_forward_pass():
+    """FSDP2 keeps W in fp32 and computes in bf16: a P of other digits would not undo what B was trained for."""
+    subspace = Subspace("x", 16, 4, "haar", 0)
+    used = subspace.projection(torch.device("cpu"), torch.bfloat16)
+    assert subspace.current(torch.device("cpu"), torch.float32) is used
+    assert Subspace("x", 16, 4, "haar", 0).current(torch.device("cpu"), torch.float32).dtype == torch.float32

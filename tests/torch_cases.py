@@ -25,8 +25,8 @@ def case(
     steps: int = STEPS,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward before every
-    step; ``reshard``: FSDP2's ``reshard_after_forward``; ``hook``: DDP communication hook; cases of local steps
+    """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward between
+    backward and step; ``reshard``: FSDP2's ``reshard_after_forward``; ``hook``: DDP communication hook; cases of local steps
     end at a boundary, where the reference has one model."""
     return {
         "engine": engine,

@@ -65,12 +65,15 @@ class FSDPShards(ReplicatedShards):
         self._piece = mesh.get_local_rank(mesh.ndim - 1)
         _refuse_uneven_cover(mesh, replicas, config)
 
+    def begin_step(self) -> None:
+        self._reshard()
+
     def begin(self) -> None:
         self._reshard()
 
     def _reshard(self) -> None:
-        # A forward pass without backward leaves the root's parameters whole: plain tensors that the next
-        # gather overwrites, so that a merge into them would be lost without a word.
+        # A forward pass without backward leaves the root's parameters whole: plain tensors in the modules' hands,
+        # which the next forward pass would use again as they are. A step or merge would be lost without a word.
         for module in self._wrapped:
             module.reshard()
 

@@ -86,6 +86,7 @@ class RSO(torch.optim.Optimizer):
         self.boundary.check_replicas()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        self._shards.begin_step()
         lrs = [float(group["lr"]) for group in self.param_groups]
         loss = self.solver.step(closure)
         self.boundary.step_applied(lrs)

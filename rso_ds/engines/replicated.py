@@ -75,6 +75,9 @@ class ReplicatedShards:
         """The rows of W, B or a moment that this rank holds, as the memory itself."""
         return tensor.detach()
 
+    def begin_step(self) -> None:
+        """Called before the solver's step: drop gathered copies that would not see it."""
+
     def begin(self) -> None: ...
 
     def end(self) -> None: ...

@@ -37,6 +37,7 @@ def run(spec):
     engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
     engine.train()
     losses, lrs = [], []
+    sent_before = engine.traffic.total("gradient")  # the counter is the process's, not the engine's
     for step in range(STEPS):
         ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
         lrs.append(engine.rso.shards.solver.param_groups[0]["lr"])
@@ -59,7 +60,7 @@ def run(spec):
         "cut_rows": sum(
             any(c % x.subspace.rank for c in engine.rso.shards.cuts(x)) for x in engine.rso.layers.values()
         ),
-        "gradient_bytes": engine.traffic.total("gradient"),
+        "gradient_bytes": engine.traffic.total("gradient") - sent_before,
         "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "weights": dense_state_dict(engine.module),
     }

@@ -62,9 +62,6 @@ def run(spec):
     before = {kind: traffic.total(kind) for kind in ("gradient", "weights", "boundary")}
     for step in range(spec["steps"]):
         ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
-        if spec["evaluate"]:
-            with torch.no_grad():
-                tiny_llama.loss_of(model, ids[:MICRO])
         total = 0.0
         optimizer.zero_grad()
         micros = ids.view(spec["gas"], world, MICRO, -1)[:, rank]
@@ -77,6 +74,9 @@ def run(spec):
                 loss = tiny_llama.loss_of(model, micro) / spec["gas"]
                 loss.backward()
             total += loss.item()
+        if spec["evaluate"]:  # between backward and step it leaves FSDP2's root gathered
+            with torch.no_grad():
+                tiny_llama.loss_of(model, ids[:MICRO])
         if spec["clip"]:
             nn.utils.clip_grad_norm_(model.parameters(), spec["clip"])
         optimizer.step()
