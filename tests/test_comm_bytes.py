@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comm_cases import cases
+from comm_cases import INTERVAL, cases
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")
@@ -32,3 +32,20 @@ def test_counted_bytes_are_the_closed_form(results, world, name):
     measured, predicted = got["measured"], got["predicted"]
     print(f"\n{world} {name:22}", *(f"{k} {measured[k]:,.0f} / {predicted[k]:,.0f}" for k in measured))
     assert measured == predicted
+
+
+def test_between_nodes_hsdp_sends_gradients_of_what_trains_and_nothing_else(results):
+    """Ranks 0-1 and 2-3 are two nodes: half of the (padded) trainable elements cross, no weights."""
+    crossing, flat = results[4, "hsdp-rso"]["inter_node"], results[4, "fsdp2-rso"]["measured"]
+    assert crossing["weights"] == 0
+    assert crossing["gradient"] == flat["gradient"] / 2
+    assert results[4, "fsdp2-rso"]["inter_node"] == flat  # every group of plain FSDP2 spans both nodes
+
+
+def test_between_nodes_hpz_sends_w_once_an_interval(results):
+    """AdamW's parameters change at every step and are gathered over all ranks as often."""
+    rso, adamw = results[4, "zero3-hpz-rso"]["inter_node"], results[4, "zero3-hpz-adamw"]["inter_node"]
+    assert adamw["weights"] * 4 == results[4, "zero3-hpz-adamw"]["measured"]["gradient"]
+    trained = results[4, "zero3-hpz-rso"]["measured"]["gradient"] / 4
+    w_of_two_blocks = 2 * (4 * 128 * 128 + 3 * 128 * 352)
+    assert rso["weights"] == trained + w_of_two_blocks / INTERVAL  # 4 bytes / 4 ranks an element

@@ -25,9 +25,9 @@ def case(
     steps: int = STEPS,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward between
-    backward and step; ``reshard``: FSDP2's ``reshard_after_forward``; ``hook``: DDP communication hook; cases of local steps
-    end at a boundary, where the reference has one model."""
+    """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward between backward
+    and step; ``reshard``: FSDP2's ``reshard_after_forward``; ``hook``: DDP communication hook. Cases of local
+    steps end at a boundary, where the reference has one model."""
     return {
         "engine": engine,
         "rso": {**RSO_DEFAULTS, **(rso or {})},
