@@ -130,15 +130,18 @@ class Method:
         return time.perf_counter() - start
 
     def run(self, steps: int, batch: int, seq_len: int) -> dict[str, Any]:
-        """Times of some steps, bytes handed to collectives by kind, bytes on the wire."""
+        """Times of some steps, processor time, bytes handed to collectives by kind, bytes on the wire."""
         counter = install()
         dist.barrier()
         counted, sent = counter.by_kind(), sent_bytes()
+        busy = time.process_time()
         seconds = [self.step(batch, seq_len) for _ in range(steps)]
+        busy = time.process_time() - busy
         after = counter.by_kind()
         dist.barrier()
         return {
             "seconds": seconds,
+            "cpu": busy,
             "counted": {kind: after[kind] - counted[kind] for kind in after},
             "sent": sent_bytes() - sent,
         }
