@@ -178,7 +178,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def measure(nodes: TwoNodes, args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as logs:
         ranks = Ranks(nodes, Path(logs))
         try:
@@ -194,13 +193,19 @@ def measure(nodes: TwoNodes, args: argparse.Namespace) -> dict[str, Any]:
                 nodes.shape(link)
                 order = {"methods": names, "rounds": int(rounds or args.rounds), "steps": args.steps}
                 answers = ranks.ask(3600, do="pass", **order, **{**batch, "seq_len": seq_len})
-                rates[link] = round(min(a["mbit"] for a in answers), 1)
+                rate = round(min(a["mbit"] for a in answers), 1)
                 # Two ranks keep about two processors busy; more than that is other work on the machine.
                 load = round(os.getloadavg()[0], 1)
-                where = {"load": load, "link": link, "seq_len": seq_len, "micro_batch": args.micro_batch}
+                where = {
+                    "load": load,
+                    "all_reduce_mbit": rate,
+                    "link": link,
+                    "seq_len": seq_len,
+                    "micro_batch": args.micro_batch,
+                }
                 rows += [summary(name, answers, built["trainable"][name], **where) for name in names]
                 print(
-                    f"{link}, sequence {seq_len}: one all_reduce ran at {rates[link]:,.0f} Mbit/s, load {load}",
+                    f"{link}, sequence {seq_len}: one all_reduce ran at {rate:,.0f} Mbit/s, load {load}",
                     flush=True,
                 )
         finally:
@@ -213,7 +218,6 @@ def measure(nodes: TwoNodes, args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "vocab": args.vocab,
         "warm_up_steps": WARM_UP,
-        "all_reduce_mbit": rates,
         "left_out": built["left_out"],
         "predicted": [line for s in (args.seq_len, *args.sweep_seq_lens) for line in predicted(rows, s)],
         "rows": rows,
