@@ -101,6 +101,8 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         for stage in (2, 3):
             cases[f"zero{stage}-checkpointing-{kind}"] = case(stage, checkpointing=kind)
             cases[f"zero{stage}-tied-checkpointing-{kind}"] = case(stage, TOKENS, checkpointing=kind, model=TIED)
+    for stage in (2, 3):  # gradients rounded to bf16 on their way, weights and solver in fp32
+        cases[f"zero{stage}-reduce_in_bf16"] = case(stage, tolerance=5e-3, communication_data_type="bf16")
     cases["zero2-round_robin"] = case(2, zero={"round_robin_gradients": True})
     cases["zero3-uneven-project"] = case(3, {"carry_over": "project"}, intermediate=85)
     cases["zero3-offload-param"] = case(3, {"torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU})

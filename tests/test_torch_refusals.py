@@ -33,6 +33,9 @@ MESSAGES = {
     "sharded by columns": "RSO needs fully_shard's Shard(0)",
     "local steps without replicas": "needs replicas that step apart",
     "local steps in deepspeed": "'communicate': 'boundary' cannot come into effect",
+    "replicas of other rows": "replicas= joins ranks that hold the pieces [0, 1]",
+    "replicas without shards": "replicas= is for models that fully_shard has cut",
+    "unequal rank in the training engine": "ranks disagree on the RSO configuration",
     "unequal configuration": "ranks disagree on the RSO configuration",
     "unequal code": "ranks disagree on the code of rso_ds: 0000000000000000 on rank 0, 0000000000000001 on rank 1",
     "unequal weights": "ranks hold different bits of model.layers.1.mlp.up_proj.weight",
@@ -112,3 +115,34 @@ def test_local_steps_of_one_rank_are_ordinary_steps(one_rank, momentum):
 
     plain, apart = train(), train(communicate="boundary", outer_momentum=momentum)
     assert all(torch.equal(plain[name], apart[name]) for name in plain) == (momentum == 0.0)
+
+
+def test_error_feedback_keeps_what_rounding_loses_and_forgets_an_overflow():
+    """What int8 sends plus what it keeps is the gradient, to fp32 rounding; an inf does not stay behind."""
+    from rso_ds.comm.compression import _quantize, _restore
+    from rso_ds.comm.ddp_hooks import forget_overflow_
+
+    gradient = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
+    codes, scales = _quantize(gradient)
+    sent = _restore(codes, scales)
+    assert codes.dtype == torch.int8
+    assert (sent - gradient).abs().max() <= scales.max() / 2 * 1.001
+    assert (sent - gradient).abs().max() > 1e-4
+    gradient[0, 3] = torch.inf
+    kept = forget_overflow_(gradient - _restore(*_quantize(gradient)))
+    assert kept.isfinite().all()
+
+
+def test_state_with_other_keepers_is_refused(one_rank):
+    def optimizer(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6))
+        config = rso_ds.RSOConfig(rank=2, targets=["0"], communicate="boundary", **options)
+        rso_ds.convert(model, config)
+        return rso_ds.RSO(DistributedDataParallel(model), config)
+
+    with_momentum, without = optimizer(outer_momentum=0.5), optimizer()
+    with pytest.raises(rso_ds.RSOCheckpointError, match=r"has nothing beside W, this run keeps \['outer_momentum'\]"):
+        with_momentum.load_state_dict(without.state_dict())
+    with pytest.raises(rso_ds.RSOCheckpointError, match=r"has \['outer_momentum'\] beside W, this run keeps nothing"):
+        without.load_state_dict(with_momentum.state_dict())

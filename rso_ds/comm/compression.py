@@ -1,4 +1,4 @@
-"""Hook for converted models under DistributedDataParallel: the buckets of B in fewer bits."""
+"""Hook for converted models under DistributedDataParallel: the buckets (B and what trains densely) in fewer bits."""
 
 # No "from __future__ import annotations" here: DDP compares a hook's annotations with the classes themselves.
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rso_ds.comm.counter import install
-from rso_ds.comm.ddp_hooks import HookState, finished
+from rso_ds.comm.ddp_hooks import HookState, finished, forget_overflow_
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import rso_layers
 
@@ -21,7 +21,8 @@ class BucketCompression(HookState):
     int8 costs a quarter of fp32 (and 4 bytes of scale per 256 elements) at any number of ranks: pieces are
     exchanged, averaged and gathered, rounded twice. What rounding lost is added to the next step's gradient
     (error feedback; Seide et al. 2014, Karimireddy et al. arXiv 1901.09847), so each rank keeps two fp32
-    buffers, of the size of B's gradients and of that divided by the ranks.
+    buffers, of the size of what trains and of that divided by the ranks. What an overflow leaves there is
+    dropped; a loss scale that changes makes the kept error too large or small for one step.
 
         model = DistributedDataParallel(converted_model)
         model.register_comm_hook(BucketCompression(model, "bf16"), compress_hook)
@@ -67,20 +68,21 @@ def _in_int8(state: BucketCompression, bucket: dist.GradBucket) -> torch.futures
     key = tuple(state._parameter_name(p) for p in bucket.parameters())
     if key not in state.errors:
         state.errors = {k: e for k, e in state.errors.items() if not set(k) & set(key)}
-        state.errors[key] = (buffer.new_zeros(ranks, per_rank), buffer.new_zeros(per_rank))
+        zeros = torch.zeros(ranks + 1, per_rank, dtype=torch.float32, device=buffer.device)
+        state.errors[key] = (zeros[:ranks], zeros[ranks])
     own_error, piece_error = state.errors[key]
 
     values = own_error  # in place: the error's memory becomes the corrected gradient
     values.view(-1)[: buffer.numel()].add_(buffer)
     codes, scales = _quantize(values)
-    values.sub_(_restore(codes, scales))
+    forget_overflow_(values.sub_(_restore(codes, scales)))
     theirs, their_scales = torch.empty_like(codes), torch.empty_like(scales)
     dist.all_to_all_single(theirs, codes, group=state.group)
     dist.all_to_all_single(their_scales, scales, group=state.group)
 
     piece = _restore(theirs, their_scales).mean(0).add_(piece_error)
     codes, scales = _quantize(piece.unsqueeze(0))
-    piece_error.copy_(piece - _restore(codes, scales)[0])
+    forget_overflow_(piece_error.copy_(piece - _restore(codes, scales)[0]))
     all_codes, all_scales = codes.new_empty(ranks, *codes.shape[1:]), scales.new_empty(ranks, *scales.shape[1:])
     dist.all_gather_into_tensor(all_codes, codes, group=state.group)
     dist.all_gather_into_tensor(all_scales, scales, group=state.group)

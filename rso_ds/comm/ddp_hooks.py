@@ -30,7 +30,7 @@ class HookState:
     def bind(self, model: nn.Module) -> None:
         """Serve the parameters of ``model``; needed after unpickling, before ``register_comm_hook``."""
         ddp = _checked(model)
-        self.group: Any = ddp.process_group
+        self._group: Any = ddp.process_group
         self.names = {id(param): name for name, param in ddp.module.named_parameters()}
 
     def compression_stats(self) -> tuple[float, int, int]:
@@ -38,11 +38,16 @@ class HookState:
         return self.dense_bytes / max(1, self.sent_bytes), self.dense_bytes, self.sent_bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("group", "names")}
+        return {key: value for key, value in vars(self).items() if key not in ("_group", "names")}
+
+    @property
+    def group(self) -> Any:
+        """The process group. Raises ``RSOUnsupportedError`` after unpickling, until ``bind``."""
+        if not hasattr(self, "_group"):
+            raise RSOUnsupportedError(f"this {type(self).__name__} was unpickled: call state.bind(model) first.")
+        return self._group
 
     def _parameter_name(self, param: Tensor) -> str:
-        if not hasattr(self, "names"):
-            raise RSOUnsupportedError(f"this {type(self).__name__} was unpickled: call state.bind(model) first.")
         return self.names[id(param)]
 
 
@@ -70,6 +75,11 @@ def refuse_second_hook(model: DistributedDataParallel) -> None:
             f"the model has the communication hook {getattr(model._comm_hooks[0][0], '__name__', 'unknown')} already:"
             " DistributedDataParallel takes one, once. Keep one of the two."
         )
+
+
+def forget_overflow_(error: Tensor) -> Tensor:
+    """Zero what is not finite: one overflowing gradient must not spoil all later ones through the kept error."""
+    return error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def finished(value: Tensor) -> torch.futures.Future[Tensor]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rso_ds.comm.counter import install
-from rso_ds.comm.ddp_hooks import HookState
+from rso_ds.comm.ddp_hooks import HookState, forget_overflow_
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import rso_layers, target_subspaces
@@ -27,7 +27,7 @@ class DenseSubspace(HookState):
     Of ``config`` it uses what a subspace is: targets, rank or rank_ratio, sampler, seed, share_projection,
     and ``interval``: P is redrawn after so many reductions (one a step, if accumulation uses ``no_sync``).
 
-    ``error_feedback``: each rank adds what its gradients lost to the next step's, in dense fp32 buffers.
+    ``error_feedback``: each rank adds what its gradients lost to the next step's, in dense buffers.
     z P^T is then scaled by r / in to the orthogonal projection, since feedback of a longer estimate
     diverges; it needs orthonormal P (haar, coordinate). Without it the estimate is unbiased and about
     sqrt(in / r) times longer than the gradient: raise clipping thresholds, or use an adaptive optimizer.
@@ -111,7 +111,7 @@ def _compress(state: DenseSubspace, name: str, view: Tensor, P: Tensor) -> Tenso
         gradient = gradient + state.errors.get(name, 0.0)
     z = project(gradient, P)
     if state.error_feedback:
-        state.errors[name] = gradient - lift(z, P, gradient.shape[1]) * _scale(state, name)
+        state.errors[name] = forget_overflow_(gradient - lift(z, P, gradient.shape[1]) * _scale(state, name))
     return z
 
 

@@ -97,15 +97,17 @@ class Layout:
     def from_json(cls, config: Mapping[str, Any], gpus: int, kind: str = "zero", replicas: int = 1) -> Layout:
         """From a DeepSpeed JSON. Raises ``RSOConfigError``."""
         engine = Engine.from_json(config, gpus, kind)
+        if kind != "zero":  # the other engines reduce in fp32 and know no secondary copies
+            return cls(engine, replicas)
         wanted = config.get("communication_data_type")
-        sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: engine.itemsize if kind == "zero" else 4}
+        sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: engine.itemsize}
         if wanted not in sizes:
             raise RSOConfigError(f"communication_data_type must be fp32, fp16 or bf16, got {wanted!r}.")
         hpz = (config.get("zero_optimization") or {}).get("zero_hpz_partition_size", 1)
-        return cls(engine, replicas, int(hpz), sizes[wanted])
+        return cls(engine, replicas, int(hpz) if engine.stage == 3 else 1, sizes[wanted])
 
     def __post_init__(self) -> None:
-        if self.engine.gpus % self.replicas:
+        if self.replicas < 1 or self.engine.gpus % self.replicas:
             raise RSOConfigError(f"--replicas {self.replicas} does not divide {self.engine.gpus} GPUs.")
 
     @property

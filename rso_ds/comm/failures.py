@@ -10,12 +10,12 @@ import torch.distributed as dist
 _SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
-    "Connection refused",
     "Broken pipe",
     "Timed out waiting",
-    "timed out",
     "Socket closed",
     "remote process exited",
+    "remote error",
+    "Watchdog caught collective operation timeout",
 )
 
 
@@ -29,13 +29,12 @@ def lost_rank(error: BaseException) -> str | None:
     """A message about the rank that is gone if ``error`` comes from a collective that failed for that reason."""
     if not dist.is_initialized():
         return None  # the ranks have not met yet: the rendezvous has better words for what is wrong
-    own = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    text = str(error).strip()
-    if not own and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
+    text = str(error)
+    sign = next((line for line in text.splitlines() if any(sign in line for sign in _SIGNS)), None)
+    if sign is None or not isinstance(error, RuntimeError):
         return None
-    first = next((line for line in text.splitlines() if any(sign in line for sign in _SIGNS)), text.splitlines()[0])
     return (
-        f"rank {dist.get_rank()} lost another rank in the middle of a collective: {first.strip()[:300]}\n"
+        f"rank {dist.get_rank()} lost another rank in the middle of a collective: {sign.strip()[:300]}\n"
         "A rank has died, hangs, or cannot be reached. Look for the first error in the other ranks' logs, then continue"
         " with --resume auto. --timeout sets how long a silent rank is waited for."
     )

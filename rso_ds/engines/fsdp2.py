@@ -87,7 +87,7 @@ class FSDPShards(ReplicatedShards):
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         rows = self.rows(layer.weight)
         if rows.numel():
-            merged = self.merged_rows(name, rows, self.rows(layer.B).to(P.device), P, decay)
+            merged = self.merged_rows(name, rows.to(P.device), self.rows(layer.B).to(P.device), P, decay)
             rows.copy_(rounding(merged, rows.dtype, f"{name}:{self._piece}"))
 
     def zero(self, layer: SubspaceLayer) -> None:
@@ -122,6 +122,13 @@ def _refuse_uneven_cover(mesh: Any, replicas: Any, config: RSOConfig) -> None:
             raise RSOUnsupportedError(
                 "'communicate': 'boundary' under FSDP2 needs replicas that step apart: make a 2-D mesh (replicas,"
                 " shards), give fully_shard mesh['shards'] and RSO replicas=mesh['replicas'].get_group()."
+            )
+        pieces: list[Any] = [None] * dist.get_world_size(replicas)
+        dist.all_gather_object(pieces, mesh.get_local_rank(), group=replicas)
+        if len(set(pieces)) > 1 or len(pieces) * mesh.size() != ranks:
+            raise RSOUnsupportedError(
+                f"replicas= joins ranks that hold the pieces {pieces} of {mesh.size()} shards, of {ranks} ranks: it"
+                " must be the group of the ranks that hold the same rows, mesh['replicas'].get_group()."
             )
     elif mesh.size() != ranks or replicas is not None:
         raise RSOUnsupportedError(

@@ -19,7 +19,7 @@ from rso_ds.config import RSOConfig
 from rso_ds.engines.ddp import replicated_shards
 from rso_ds.engines.fsdp2 import FSDPShards, is_sharded, refuse_fsdp1
 from rso_ds.engines.replicated import ReplicatedShards
-from rso_ds.errors import RSOCheckpointError, RSOConversionError
+from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.optim.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
 
@@ -76,6 +76,8 @@ class RSO(torch.optim.Optimizer):
         self._shards: ReplicatedShards
         if is_sharded(model):
             self._shards = FSDPShards(model, layers, self.solver, config, replicas)
+        elif replicas is not None:
+            raise RSOUnsupportedError("replicas= is for models that fully_shard has cut: leave it out.")
         else:
             self._shards = replicated_shards(model, layers, self.solver, config)
         if config.communicate == "boundary":
@@ -91,6 +93,11 @@ class RSO(torch.optim.Optimizer):
         loss = self.solver.step(closure)
         self.boundary.step_applied(lrs)
         return loss
+
+    def meet(self) -> None:
+        """After local steps (``communicate: "boundary"``): average the ranks' models now, before saving or
+        evaluating one of them between two boundaries. All ranks call this together."""
+        self.boundary.meet()
 
     def follow_solver(self) -> None:
         """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""
@@ -112,9 +119,17 @@ class RSO(torch.optim.Optimizer):
         if "rso" not in state_dict:
             raise RSOCheckpointError("the optimizer state has no 'rso' entry: it was not saved by RSO.")
         self.boundary.check_state(state_dict["rso"], "the optimizer state")
+        mine, theirs = set(self._kept_rows()), set(state_dict.get("rso_rows", {}))
+        if mine != theirs:
+            raise RSOCheckpointError(
+                f"the optimizer state has {sorted(theirs) or 'nothing'} beside W, this run keeps"
+                f" {sorted(mine) or 'nothing'}: set 'master_weights' and 'outer_momentum' as they were."
+            )
         self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
         self.follow_solver()
-        for what, keeper in (("masters", self._shards.weight_masters), ("outer_momentum", self._shards.outer)):
-            if keeper is not None:
-                keeper.rows = dict(state_dict["rso_rows"][what])
+        if self._shards.weight_masters is not None:
+            self._shards.weight_masters.rows = dict(state_dict["rso_rows"]["masters"])
+        if self._shards.outer is not None:
+            for name, rows in self._shards.outer.rows.items():
+                rows.copy_(state_dict["rso_rows"]["outer_momentum"][name])
         self.boundary.load_state_dict(state_dict["rso"])

@@ -282,8 +282,9 @@ class Job:
 
     def _finish(self, before: float, after: float) -> None:
         folder = self.output / "model"
-        if hasattr(self.engine, "rso"):
+        if hasattr(self.engine, "rso") and self.engine.rso.config.communicate == "boundary":
             self.engine.rso.meet()
+            after = self._evaluate()  # of the one model that is saved, not the mean over the ranks' own
         with self.engine.traffic.phase("other"):
             save_dense(self.engine.module, folder, self.place.rank)
         if self.place.rank == 0:

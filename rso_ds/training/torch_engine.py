@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
 from rso_ds.config import RSOConfig
 from rso_ds.ds_json import optimizer_type, rso_config
@@ -43,6 +44,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, ds_json: dict[str, Any], kind: str, place: Place, replicas: int = 1) -> None:
         _refuse(ds_json, kind, replicas, place.world_size)
+        self.replicas = replicas
         self.module, self.kind = model.to(place.device), kind
         self.accumulation: int = ds_json["gradient_accumulation_steps"]
         self.clip = float(ds_json.get("gradient_clipping") or 0.0)
@@ -50,7 +52,8 @@ class TorchEngine:
         self._bf16 = bool((ds_json.get("bf16") or {}).get("enabled"))
         config = rso_config(ds_json) if optimizer_type(ds_json) == "RSO" else None
         if config is not None:
-            convert(model, config)
+            converted = convert(model, config)
+            agree_on_setup(converted.layers, config)  # DDP would fail on unequal shapes in words of its own
             if place.rank == 0:
                 print(summary_table(model, config), flush=True)
         apart = config is not None and config.communicate == "boundary"
@@ -187,7 +190,8 @@ class TorchEngine:
 
     def _identity(self) -> dict[str, Any]:
         shared = self._replica_group is None
-        return {"engine": self.kind, "world_size": dist.get_world_size(), "ranks_step_apart": not shared}
+        ranks = {"world_size": dist.get_world_size(), "replicas": self.replicas}
+        return {"engine": self.kind, **ranks, "ranks_step_apart": not shared}
 
     def _part(self, target: Path) -> Path:
         """Where this rank's copy of the model is saved: copies that step apart each have a folder."""
@@ -216,12 +220,15 @@ def _optimizer(
     groups = decay_groups(bare, float(params.get("weight_decay", 0.0)))
     if config is not None:
         return RSO(wrapped, config, groups, **extra)
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-    kind = ds_json["optimizer"]["type"]
-    if kind.lower() not in kinds:
-        raise RSOUnsupportedError(f"optimizer type '{kind}' is DeepSpeed's: use RSO, AdamW or Adam here.")
+    kind = ds_json["optimizer"]["type"].lower()
+    unknown = sorted(set(params) - {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"})
+    if kind not in ("adamw", "adam") or unknown:
+        what = f"type '{ds_json['optimizer']['type']}'" + (f" with '{unknown[0]}'" if unknown else "")
+        raise RSOUnsupportedError(f"optimizer {what} is DeepSpeed's: use RSO, AdamW or Adam here.")
     options = {k: v for k, v in params.items() if k in ("lr", "betas", "eps")}
-    return kinds[kind.lower()](groups, **options)
+    # DeepSpeed's "Adam" decays as AdamW does unless it is told otherwise.
+    decoupled = kind == "adamw" or params.get("adam_w_mode", True)
+    return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **options)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, ds_json: dict[str, Any]) -> Any:
