@@ -3,11 +3,11 @@
 import contextlib
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from case_runner import run_cases
 from comm_cases import INTERVAL, STEPS, cases, full_cases
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -130,17 +130,6 @@ deepspeed.init_distributed("gloo", verbose=False)
 PLACE = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
 install().learn_nodes()
 only = os.environ.get("ONLY_ROWS", "")
-results = {}
-choose = full_cases if os.environ.get("FULL") else cases
-for name, spec in choose(dist.get_world_size()).items():
-    if only not in name:
-        continue
-    print("CASE", name, flush=True)
-    try:
-        results[name] = run(spec)
-    except Exception:
-        traceback.print_exc()
-        results[name] = {"error": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        torch.save(results, OUT / f"comm_bytes{dist.get_world_size()}.pt")
-dist.barrier()
+every = (full_cases if os.environ.get("FULL") else cases)(dist.get_world_size())
+chosen = {name: spec for name, spec in every.items() if only in name}
+run_cases(chosen, run, OUT / f"comm_bytes{dist.get_world_size()}.pt")

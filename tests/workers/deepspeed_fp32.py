@@ -2,13 +2,13 @@
 
 import contextlib
 import sys
-import traceback
 from pathlib import Path
 
 import deepspeed
 import tiny_llama
 import torch
 import torch.distributed as dist
+from case_runner import run_cases
 from deepspeed_cases import MICRO, STEPS, fp32_cases
 
 import rso_ds
@@ -71,16 +71,5 @@ def run(spec):
 
 deepspeed.init_distributed("gloo")
 only = sys.argv[2:]
-results = {}
-for name, spec in fp32_cases().items():
-    if only and name not in only:
-        continue
-    print("CASE", name, flush=True)
-    try:
-        results[name] = run(spec)
-    except Exception:
-        traceback.print_exc()
-        results[name] = {"error": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        torch.save(results, OUT / "fp32.pt")
-dist.barrier()
+chosen = {name: spec for name, spec in fp32_cases().items() if not only or name in only}
+run_cases(chosen, run, OUT / "fp32.pt")

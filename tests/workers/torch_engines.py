@@ -1,14 +1,13 @@
 """One rank: train every case of tests/torch_cases.py under DDP, FSDP2 or HSDP, save what it did."""
 
-import os
 import sys
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
 import tiny_llama
 import torch
 import torch.distributed as dist
+from case_runner import run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -95,18 +94,5 @@ def run(spec):
 
 dist.init_process_group("gloo")
 cases = two_rank_cases() if dist.get_world_size() == 2 else four_rank_cases()
-only = os.environ.get("ONLY", "").split()
-results = {}
-for name, spec in cases.items():
-    if only and name not in only:
-        continue
-    print("CASE", name, flush=True)
-    try:
-        results[name] = run(spec)
-    except Exception:
-        traceback.print_exc()
-        results[name] = {"error": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        torch.save(results, OUT / f"torch_engines{dist.get_world_size()}.pt")
-dist.barrier()
+run_cases(cases, run, OUT / f"torch_engines{dist.get_world_size()}.pt")
 dist.destroy_process_group()
