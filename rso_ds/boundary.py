@@ -31,11 +31,11 @@ from rso_ds.subspace import Subspace, projection_seed
 
 @dataclass
 class SolverShard:
-    """The solver state of one layer's B that this rank owns.
+    """The solver state of one parameter (a B, for the boundary) that this rank owns.
 
-    It covers the elements [start, stop) of B.flatten(). ``first`` and ``second`` are flat views of that
-    length into the solver's own tensors (None where the solver keeps none); ``masters`` are the flat fp32
-    copies of B that the solver updates, if B itself is in low precision or partitioned.
+    It covers the elements [start, stop) of the flattened parameter. ``first`` and ``second`` are flat views
+    of that length into the solver's own tensors (None where the solver keeps none); ``masters`` are the flat
+    fp32 copies that the solver updates, if the parameter itself is in low precision or partitioned.
     """
 
     start: int
@@ -65,8 +65,8 @@ class Shards(Protocol):
     def zero(self, layer: SubspaceLayer) -> None:
         """B <- 0 in the model's own copies (the boundary zeroes the masters)."""
 
-    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
-        """This rank's part of the solver state of the layer's B."""
+    def solver_part(self, param: Any) -> SolverShard:
+        """This rank's part of the solver state of a B."""
 
     def cuts(self, layer: SubspaceLayer) -> list[int]:
         """Element indices of B.flatten() at which ownership passes from one rank to another."""
@@ -180,7 +180,7 @@ class Boundary:
     def _carry(
         self, index: int, layer: SubspaceLayer, turn: Tensor | None, split_rows: dict[tuple[int, int], Tensor]
     ) -> None:
-        shard = self.shards.solver_shard(layer)
+        shard = self.shards.solver_part(layer.B)
         for master in shard.masters:
             master.zero_()
         if shard.first is None or shard.start == shard.stop:
@@ -225,7 +225,7 @@ class Boundary:
         table = torch.zeros(len(keys), 2, widest, dtype=torch.float32, device=self.shards.device)
         for entry, (i, row) in zip(table, keys, strict=True):
             rank = layers[i].subspace.rank
-            shard = self.shards.solver_shard(layers[i])
+            shard = self.shards.solver_part(layers[i].B)
             lo, hi = max(shard.start, row * rank), min(shard.stop, (row + 1) * rank)
             if shard.first is None or lo >= hi:
                 continue

@@ -130,12 +130,15 @@ def test_resume_in_the_middle_of_a_subspace_is_exact(results, job):
 
 FOREIGN = {
     "no latest": "latest does not exist: there is no checkpoint to load",
-    "missing": "missing/rso_state.json does not exist: this is not a checkpoint of an RSO run",
+    "missing": "missing/manifest.json does not exist: not a checkpoint of rso_ds",
     "damaged": "damaged/rso_state.json is damaged",
     "other rank": "is of another model or rank: layer 'model.layers.0.self_attn.q_proj'",
     "other sampler": "was trained with 'sampler': 'gaussian', this run has 'haar'",
-    "other format": "is not of format 1",
+    "other format": "is not of format 2",
     "incomplete": "damaged RSO state, no 'draw'",
+    "other solver": "was trained with solver 'sgd', this run has 'adamw'",
+    "other dtype": "is of another model or precision: 'model.embed_tokens.weight' is [shape, dtype, trainable]",
+    "without RSO": "was saved without RSO: resume with the same optimizer",
     "save_16bit_model": "would write W without the current B P^T",
     "exclude_frozen": "exclude_frozen_parameters would lose the training",
 }

@@ -1,6 +1,8 @@
-"""What is saved, and the way back to a dense model."""
+"""What is saved, how it comes back, and the way back to a dense model."""
 
+from rso_ds.checkpoint.checkpointer import Checkpointer
 from rso_ds.checkpoint.dense import dense_state_dict, save_dense
-from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.checkpoint.folder import Retention
+from rso_ds.checkpoint.training_state import TrainingState
 
-__all__ = ["dense_state_dict", "read_state", "save_dense", "write_state"]
+__all__ = ["Checkpointer", "Retention", "TrainingState", "dense_state_dict", "save_dense"]

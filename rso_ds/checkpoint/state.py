@@ -1,36 +1,37 @@
-"""RSO's own part of a checkpoint: a small JSON file beside the engine's files.
+"""The plain part of a checkpoint: ``rso_state.json``, ints, floats and names only.
 
-It holds ints, floats and names only. P is not stored: it follows from the seed and the draw index.
+    format        of this file
+    rso           the boundary's: draw index, applied steps, decay since the boundary, seed, sampler, interval, layers
+    solver        "adamw", "adam", "sgd", or the class of a solver without RSO
+    parameters    name -> [shape, dtype at rest, trainable]
+    steps         name -> the solver's step count
+    lrs           of the solver's groups
+    replicas      copies of the trainable parameters, above 1 where ranks step apart
+    ...
+
+P is not stored: it follows from the seed and the draw index.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from rso_ds.checkpoint.folder import write_text
 from rso_ds.errors import RSOCheckpointError
 
 STATE_FILE = "rso_state.json"
-FORMAT = 1
+FORMAT = 2
 
 
-def write_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` into ``folder`` (made if missing) under a temporary name, then rename it."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (STATE_FILE + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump({"format": FORMAT, **state}, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, folder / STATE_FILE)
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    write_text(folder / STATE_FILE, json.dumps({"format": FORMAT, **state}, indent=1))
 
 
-def read_state(folder: str | Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
     """Raises ``RSOCheckpointError`` naming the file if it is missing, damaged or of another format."""
-    path = Path(folder) / STATE_FILE
+    path = folder / STATE_FILE
     if not path.is_file():
         raise RSOCheckpointError(
             f"{path} does not exist: this is not a checkpoint of an RSO run, or its folder is incomplete."

@@ -77,6 +77,7 @@ class CommCounter:
         self._phase: str | None = None
         self._nodes: list[str] | None = None
         self._groups: dict[str, tuple[int, str]] = {}
+        self._labels: dict[str, str] = {}
 
     @contextmanager
     def phase(self, kind: str) -> Iterator[None]:
@@ -86,6 +87,10 @@ class CommCounter:
             yield
         finally:
             self._phase = before
+
+    def label(self, group: Any, kind: str) -> None:
+        """Count all that is sent in ``group`` as ``kind``, whatever else goes on at the time."""
+        self._labels[group.group_name] = kind
 
     def learn_nodes(self) -> None:
         """Exchange node names, so that scopes are known. All ranks of the default group call this together.
@@ -125,7 +130,8 @@ class CommCounter:
         if ranks == 1:
             return
         payload = sum(t.numel() * t.element_size() for t in tensors)
-        traffic = Traffic(self._kind(op, tensors), scope, op)
+        label = self._labels.get(dist.ProcessGroup.unbox(group).group_name) if self._labels else None
+        traffic = Traffic(label or self._kind(op, tensors), scope, op)
         self.calls[traffic] += 1
         self.payload[traffic] += payload
         self.wire[traffic] += wire_bytes(op, payload, ranks)  # type: ignore[assignment]

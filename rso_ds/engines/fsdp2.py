@@ -6,7 +6,7 @@ nothing. On a 2-D mesh (replicas, shards) each replica does the same work on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,14 +56,18 @@ class FSDPShards(ReplicatedShards):
         self._reshard()
         _refuse_mixed_dtypes(model)
         _refuse_other_layouts(layers)
-        mesh = next(iter(layers.values())).weight.device_mesh  # type: ignore[attr-defined]
+        mesh = next(p for p in model.parameters() if isinstance(p, DTensor)).device_mesh
         kind = mesh.device_type
         device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
         super().__init__(layers, solver, device, master_weights=config.master_weights)
         self._replicas = mesh.get_group(0) if mesh.ndim == 2 else replicas
         self._shard_group = mesh.get_group(mesh.ndim - 1)
-        self._piece = mesh.get_local_rank(mesh.ndim - 1)
+        self._piece, self._shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
         _refuse_uneven_cover(mesh, replicas, config)
+
+    def step_apart(self, dense: Sequence[nn.Parameter], momentum: float) -> None:
+        super().step_apart(dense, momentum)
+        self.replica, self.replicas = dist.get_rank(self._replicas), dist.get_world_size(self._replicas)
 
     def begin_step(self) -> None:
         self._reshard()
@@ -93,13 +97,12 @@ class FSDPShards(ReplicatedShards):
     def zero(self, layer: SubspaceLayer) -> None:
         self.rows(layer.B).zero_()
 
-    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
-        rows = self.rows(layer.B)
-        first, second = moments(self.solver.state.get(layer.B, {}))
-        # Element 0 is that of this rank's own rows: no row is ever split between ranks.
-        return SolverShard(
-            0,
-            rows.numel(),
+    def solver_part(self, param: Any) -> SolverShard:
+        start, flat = self.model_part(param)
+        first, second = moments(self.solver.state.get(param, {}))
+        return SolverShard(  # whole rows: none is ever split between ranks
+            start,
+            start + flat.numel(),
             None if first is None else self.rows(first).view(-1),
             None if second is None else self.rows(second).view(-1),
         )
@@ -108,6 +111,15 @@ class FSDPShards(ReplicatedShards):
         if self._replicas is None:
             return []
         return [(f"{name}.weight", self.rows(layer.weight)) for name, layer in self.layers.items()]
+
+    def model_part(self, param: Any) -> tuple[int, Tensor]:
+        share = -(-param.shape[0] // self._shards)  # rows of all ranks but the last
+        inner = param.numel() // max(1, param.shape[0])
+        return min(self._piece * share, param.shape[0]) * inner, self.rows(param).view(-1)
+
+    def merged_part(self, weight: Any) -> tuple[Tensor, int, int, int]:
+        rows = self.rows(weight)
+        return rows, self.model_part(weight)[0], 0, rows.numel()
 
     def whole(self, checksums: Tensor) -> Tensor:
         summed = checksums.clone()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import merged_weight
 
 
@@ -33,28 +29,9 @@ class WeightMasters:
         self.rows[name] = merged.to("cpu") if self.location == "cpu" else merged
         return merged
 
-    def save(self, folder: Path, rank: int, world_size: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"world_size": world_size, "rows": self.rows}, folder / _file(rank))
-
-    def load(self, folder: Path, rank: int, world_size: int) -> None:
-        """Raises ``RSOCheckpointError`` if the file is missing, damaged, or of another world size."""
-        path = folder / _file(rank)
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise RSOCheckpointError(
-                f"{path} does not exist: the checkpoint has no fp32 masters; resume with 'master_weights': 'none'."
-            ) from None
-        except Exception as error:
-            raise RSOCheckpointError(f"{path} is damaged: {error}") from None
-        if state["world_size"] != world_size:
-            raise RSOCheckpointError(
-                f"{path} is of a run on {state['world_size']} ranks, this one has {world_size}: the fp32 masters are"
-                " sharded by rank. Resume on as many ranks."
-            )
-        self.rows = state["rows"]
-
-
-def _file(rank: int) -> str:
-    return f"rso_master_weights_rank{rank}.pt"
+    def of(self, name: str, weight_rows: Tensor) -> Tensor:
+        """The copy of ``weight_rows``, made now if there has been no boundary yet."""
+        if name not in self.rows:
+            device = torch.device("cpu") if self.location == "cpu" else weight_rows.device
+            self.rows[name] = weight_rows.to(device, torch.float32, copy=True)
+        return self.rows[name]

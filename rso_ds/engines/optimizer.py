@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rso_ds.boundary import Boundary
+from rso_ds.checkpoint import Checkpointer, TrainingState
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
 from rso_ds.config import RSOConfig
@@ -58,6 +59,7 @@ class RSO(torch.optim.Optimizer):
     ) -> None:
         refuse_fsdp1(model)
         bare = model.module if isinstance(model, DistributedDataParallel) else model
+        self._bare = bare
         layers = dict(rso_layers(bare))
         if not layers:
             raise RSOConversionError(
@@ -98,6 +100,11 @@ class RSO(torch.optim.Optimizer):
         """After local steps (``communicate: "boundary"``): average the ranks' models now, before saving or
         evaluating one of them between two boundaries. All ranks call this together."""
         self.boundary.meet()
+
+    def checkpointer(self, **extras: Any) -> Checkpointer:
+        """Saves and loads the whole run: model, solver, boundary, random state, and each of ``extras`` (objects
+        with state_dict and load_state_dict, say ``scheduler=scheduler``). Every rank makes one."""
+        return Checkpointer(TrainingState(self._bare, self._shards, self.boundary), extras)
 
     def follow_solver(self) -> None:
         """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""

@@ -35,6 +35,18 @@ def restart_step(state: MutableMapping[str, Any]) -> None:
         state["step"] = 0
 
 
+def blank_state(solver: torch.optim.Optimizer, key: Any) -> dict[str, Any]:
+    """What ``solver`` keeps of parameter ``key`` before its first step, as it would allocate it in that step."""
+    group = next((g for g in solver.param_groups if any(p is key for p in g["params"])), solver.param_groups[0])
+    if "momentum" in group:
+        return {"momentum_buffer": torch.zeros_like(key)} if group["momentum"] else {}
+    step: Any = 0
+    if isinstance(solver, (torch.optim.Adam, torch.optim.AdamW)):
+        on_device = group.get("fused") or group.get("capturable")
+        step = torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
+    return {"step": step, "exp_avg": torch.zeros_like(key), "exp_avg_sq": torch.zeros_like(key)}
+
+
 class ReplicatedShards:
     """W and B whole on each rank, the solver state of each B one tensor of a torch optimizer.
 
@@ -61,6 +73,7 @@ class ReplicatedShards:
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
         low_precision = any(layer.weight.element_size() < 4 for layer in self.layers.values())
+        self.replica, self.replicas = 0, 1  # above 1 where ranks take their steps apart
         self.outer: OuterMomentum | None = None
         self.dense: list[nn.Parameter] = []
         self.weight_masters = WeightMasters(master_weights) if low_precision and master_weights != "none" else None
@@ -68,6 +81,7 @@ class ReplicatedShards:
     def step_apart(self, dense: Sequence[nn.Parameter], momentum: float) -> None:
         """Prepare for local steps; ``dense``: the parameters that train densely."""
         self.dense = list(dense)
+        self.replica, self.replicas = self.rank, self.world_size
         if momentum:
             self.outer = OuterMomentum(momentum, {name: self.rows(x.weight) for name, x in self.layers.items()})
 
@@ -113,20 +127,72 @@ class ReplicatedShards:
     def zero(self, layer: SubspaceLayer) -> None:
         layer.B.zero_()
 
-    def _solver_key(self, layer: SubspaceLayer) -> Tensor | nn.Parameter:
-        return self.masters.get(id(layer.B), layer.B)
+    def solver_key(self, param: Any) -> Any:
+        """The tensor under which the solver keeps the state of ``param``; None if it does not train it."""
+        key = self.masters.get(id(param), param)
+        return key if param.requires_grad else None
 
-    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
-        key = self._solver_key(layer)
+    def solver_part(self, param: Any) -> SolverShard:
+        key = self.solver_key(param)
         first, second = (None if m is None else m.view(-1) for m in moments(self.solver.state.get(key, {})))
-        return SolverShard(0, layer.B.numel(), first, second, [] if key is layer.B else [key.data.view(-1)])
+        return SolverShard(0, param.numel(), first, second, [] if key is param else [key.data.view(-1)])
+
+    # -- what a checkpoint asks ----------------------------------------------------------------------
+
+    def model_part(self, param: Any) -> tuple[int, Tensor]:
+        """(index of the first element, flat memory) of what this rank holds of ``param`` itself."""
+        return 0, param.detach().view(-1)
+
+    def prepare_solver(self, param: Any) -> None:
+        """Allocate the solver's state of ``param`` if no step has yet."""
+        key = self.solver_key(param)
+        if not self.solver.state.get(key):
+            self.solver.state[key] = blank_state(self.solver, key)
+
+    def solver_step(self, param: Any) -> int | None:
+        """The solver's step count of ``param``; None if it keeps none."""
+        step = self.solver.state.get(self.solver_key(param), {}).get("step")
+        return None if step is None else int(step)
+
+    def set_solver_step(self, param: Any, step: int) -> None:
+        state = self.solver.state.get(self.solver_key(param), {})
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(step)
+        elif "step" in state:
+            state["step"] = step
+
+    def keeps(self) -> list[str]:
+        """Names of what is kept beside W: "masters", "outer_momentum"."""
+        kept = {"masters": self.weight_masters, "outer_momentum": self.outer}
+        return [name for name, keeper in kept.items() if keeper is not None]
+
+    def kept_rows(self, what: str, weight: Any) -> tuple[int, Tensor] | None:
+        """(first element, flat fp32 memory) of what this rank keeps beside W, allocated if need be."""
+        name = next(n for n, layer in self.layers.items() if layer.weight is weight)
+        if what == "outer_momentum":
+            return None if self.outer is None else (self.model_part(weight)[0], self.outer.rows[name].view(-1))
+        if self.weight_masters is None:
+            return None
+        rows, start, skip, length = self.merged_part(weight)
+        master = self.weight_masters.of(name, rows)
+        return start, master.view(-1)[skip : skip + length]
+
+    def merged_part(self, weight: Any) -> tuple[Tensor, int, int, int]:
+        """(rows of W that this rank merges, index in W of its first own element, elements of the rows before that,
+        number of own elements)."""
+        share = -(-weight.shape[0] // self.world_size)
+        rows = weight.detach()[self.rank * share : (self.rank + 1) * share]
+        return rows, min(self.rank * share, weight.shape[0]) * weight.shape[1], 0, rows.numel()
+
+    def reloaded(self) -> None:
+        """Called after a checkpoint has filled the memory that the methods above have shown."""
 
     def cuts(self, layer: SubspaceLayer) -> list[int]:
         return []
 
     def restart_step(self) -> None:
         for layer in self.layers.values():
-            restart_step(self.solver.state.get(self._solver_key(layer), {}))
+            restart_step(self.solver.state.get(self.solver_key(layer.B), {}))
 
     def replicated_weights(self) -> list[tuple[str, Tensor]]:
         return [(f"{name}.weight", layer.weight) for name, layer in self.layers.items()]

@@ -76,7 +76,14 @@ class TrainArguments:
     eval_interval: int = _flag(100, "Steps between validations (there is one before and one after training too).")
     eval_tokens: int = _flag(100_000, "At most so many held-out tokens a validation.")
     save_interval: int = _flag(500, "Steps between checkpoints; 0: only at the end.")
-    resume: str | None = _flag(None, "Checkpoint folder to go on from, or 'auto': the output folder's latest, if any.")
+    keep_last: int = _flag(2, "Newest checkpoints to keep; 0: all.")
+    keep_best: int = _flag(0, "Of the older ones, keep so many with the lowest held-out loss.")
+    async_save: bool = _flag(
+        False, "Write checkpoints in the background (a copy in host memory; not DeepSpeed's AdamW)."
+    )
+    resume: str | None = _flag(
+        None, "Checkpoint, or folder of checkpoints, to go on from; 'auto': the output folder's latest, if any."
+    )
     prompt: str = _flag("", "Start of the sample printed at the end; default: the beginning of held-out text.")
     sample_tokens: int = _flag(60, "Length of that sample; 0: none.")
 
@@ -84,6 +91,7 @@ class TrainArguments:
         for key, minimum in (
             ("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("max_steps", 1), ("train_tokens", 1),
             ("log_interval", 1), ("eval_interval", 1), ("eval_tokens", 1), ("save_interval", 0),
+            ("keep_last", 0), ("keep_best", 0),
             ("vocab_size", 257), ("replicas", 1), ("timeout", 1), ("seed", 0), ("sample_tokens", 0),
         ):  # fmt: skip
             value = getattr(self, key)

@@ -13,12 +13,14 @@ from rso_ds.models import load_model
 from rso_ds.training.arguments import TrainArguments
 from rso_ds.training.distributed import Place
 from rso_ds.training.groups import decay_groups
+from rso_ds.training.native_checkpoints import NativeCheckpoints
 
 
 def build_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size: int, place: Place) -> Any:
     """A DeepSpeed engine, or a ``TorchEngine`` with the same methods. ``ds_json`` has no "auto" left.
 
-    The engine has ``traffic`` (``CommCounter``), and ``rso`` (``Boundary``) where the JSON selects RSO.
+    The engine has ``checkpoints`` (``Checkpointer``), ``traffic`` (``CommCounter``), and ``rso`` (``Boundary``)
+    where the JSON selects RSO.
     """
     if args.engine == "deepspeed":
         engine = _deepspeed_engine(args, ds_json, vocab_size)
@@ -58,4 +60,5 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size:
     del keep_alive
     if not is_rso:
         count_traffic(engine)
+        engine.checkpoints = NativeCheckpoints(engine)
     return engine

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rso_ds.checkpoint import save_dense
+from rso_ds.checkpoint import Retention, save_dense
+from rso_ds.checkpoint.folder import MANIFEST, has_checkpoints
 from rso_ds.comm.failures import lost_rank
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
@@ -56,7 +57,7 @@ class Job:
     def __init__(self, args: TrainArguments, ds_json: dict[str, Any], corpus: Corpus, place: Place) -> None:
         self.args, self.place, self.corpus = args, place, corpus
         self.output = Path(args.output)
-        if args.resume is None and (self.output / "checkpoints" / "latest").is_file():
+        if args.resume is None and has_checkpoints(self.output / "checkpoints"):
             raise RSOConfigError(
                 f"--output {self.output} holds checkpoints of an earlier run: continue it with --resume auto, or give"
                 " another --output."
@@ -136,35 +137,41 @@ class Job:
     def _resume(self) -> int:
         """Load the checkpoint that ``--resume`` names; returns the number of steps already taken."""
         wanted = self.args.resume
-        folder = self.output / "checkpoints" if wanted == "auto" else Path(wanted or "")
-        if wanted is None or (wanted == "auto" and not (folder / "latest").is_file()):
+        if wanted is None:
             return 0
-        if not (folder / "latest").is_file():
-            raise RSOCheckpointError(f"--resume {wanted}: {folder / 'latest'} does not exist.")
-        identity_file = folder / (folder / "latest").read_text().strip() / "run.json"
-        if not identity_file.is_file():
-            raise RSOCheckpointError(
-                f"--resume {wanted}: {identity_file} does not exist: not a checkpoint of train.py."
-            )
-        theirs = json.loads(identity_file.read_text())
-        for key, value in self._identity().items():
-            if theirs.get(key) != value:
-                raise RSOCheckpointError(
-                    f"--resume {wanted}: that run had {key} = {theirs.get(key)!r}, this one {value!r}: the data would"
-                    " not continue where it stopped. Use the same settings, or start anew without --resume."
-                )
-        path, client = self.engine.load_checkpoint(str(folder))
-        if path is None:
-            raise RSOCheckpointError(f"--resume {wanted}: DeepSpeed could not load it, see above.")
+        folder, tag = self.output / "checkpoints" if wanted == "auto" else Path(wanted), None
+        if wanted == "auto" and not has_checkpoints(folder):
+            if self.place.rank == 0:
+                print(f"--resume auto: no checkpoint in {folder} yet, beginning at step 0", flush=True)
+            return 0
+        if (folder / MANIFEST).is_file():
+            folder, tag = folder.parent, folder.name
+
+        def same_run(client: dict[str, Any]) -> None:
+            if "run" not in client:
+                raise RSOCheckpointError(f"--resume {wanted}: it was not saved by train.py.")
+            for key, value in self._identity().items():
+                if client["run"].get(key) != value:
+                    raise RSOCheckpointError(
+                        f"--resume {wanted}: that run had {key} = {client['run'].get(key)!r}, this one {value!r}: the"
+                        " data would not continue where it stopped. Use the same settings, or start anew without"
+                        " --resume."
+                    )
+
+        _, client = self.engine.checkpoints.load(folder, tag, same_run)
         return int(client["step"])
 
-    def _save(self, step: int) -> None:
-        folder, tag = self.output / "checkpoints", f"step{step}"
-        if self.place.rank == 0:
-            (folder / tag).mkdir(parents=True, exist_ok=True)
-            (folder / tag / "run.json").write_text(json.dumps(self._identity()))
+    def _save(self, step: int, score: float) -> None:
+        background = {"wait": False} if self.args.async_save else {}
         with self.engine.traffic.phase("other"):
-            self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
+            self.engine.checkpoints.save(
+                self.output / "checkpoints",
+                f"step{step}",
+                {"step": step, "run": self._identity()},
+                keep=Retention(self.args.keep_last, self.args.keep_best),
+                score=score,
+                **background,
+            )
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -224,8 +231,9 @@ class Job:
                 sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
             if step == self.steps or (args.save_interval and step % args.save_interval == 0):
                 saving = time.monotonic()
-                self._save(step)
+                self._save(step, after)
                 window_start += time.monotonic() - saving
+        engine.checkpoints.wait()
         display.close()
         self._finish(before, after)
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.checkpoint import Checkpointer, TrainingState
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
 from rso_ds.config import RSOConfig
 from rso_ds.ds_json import optimizer_type, rso_config
+from rso_ds.engines.fsdp2 import FSDPShards
 from rso_ds.engines.optimizer import RSO
-from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOUnsupportedError
+from rso_ds.engines.replicated import ReplicatedShards
+from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import convert, summary_table
 from rso_ds.memory.trace import block_names
 from rso_ds.training.distributed import Place
 from rso_ds.training.groups import decay_groups
-
-CLIENT_FILE = "client.json"
 
 
 class TorchEngine:
@@ -57,28 +51,24 @@ class TorchEngine:
             if place.rank == 0:
                 print(summary_table(model, config), flush=True)
         apart = config is not None and config.communicate == "boundary"
-        self._replica_group: Any = None  # ranks that together hold one copy of the model, if copies may differ
         extra = self._wrap(place, replicas, apart)
         self.traffic = install()
         self.optimizer = _optimizer(self._wrapped, self.module, ds_json, config, extra)
         if isinstance(self.optimizer, RSO):
             self.rso = self.optimizer.boundary
         self.scheduler = _scheduler(self.optimizer, ds_json)
+        self.checkpoints = self._checkpointer()
 
     def _wrap(self, place: Place, replicas: int, apart: bool) -> dict[str, Any]:
         """Wrap the model; returns further arguments of ``RSO``."""
         if self.kind == "ddp":
             devices = [place.local_rank] if place.on_gpu else None
             self._wrapped: Any = DistributedDataParallel(self.module, device_ids=devices)
-            if apart:
-                self._replica_group = dist.new_subgroups(1)[0]
             return {}
         shape, names = (place.world_size,), ("shards",)
         if replicas > 1:
             shape, names = (replicas, place.world_size // replicas), ("replicas", "shards")  # type: ignore[assignment]
         mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=names)
-        if apart:
-            self._replica_group = mesh["shards"].get_group()
         options: dict[str, Any] = {"mesh": mesh["shards"] if apart else mesh}
         if self._bf16:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -126,78 +116,24 @@ class TorchEngine:
         if self.scheduler is not None:
             self.scheduler.step()
 
-    # -- checkpoints ---------------------------------------------------------------------------------
-
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
-        """Model, solver and schedule by ``torch.distributed.checkpoint``; RSO's own state beside."""
-        target = Path(folder) / tag
-        if hasattr(self, "rso"):
-            self.rso.shards.begin()  # gathered parameters would be saved whole, as if they were replicated
-        model, solver = get_state_dict(self.module, self._solver)
-        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
-        state = {"model": model, "solver": solver, "scheduler": scheduler, "kept": self._kept()}
-        dcp.save(state, checkpoint_id=self._part(target), process_group=self._replica_group)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            if hasattr(self, "rso"):
-                write_state(target, self.rso.state_dict())
-            (target / CLIENT_FILE).write_text(json.dumps({**client_state, **self._identity()}))
-            latest = Path(folder) / "latest"
-            latest.with_suffix(".tmp").write_text(tag)
-            os.replace(latest.with_suffix(".tmp"), latest)
-        dist.barrier()
-
-    def load_checkpoint(self, folder: str) -> tuple[str, dict[str, Any]]:
-        """Raises ``RSOCheckpointError`` for a checkpoint of another engine, layout, model or configuration."""
-        target = Path(folder) / (Path(folder) / "latest").read_text().strip()
-        if not (target / CLIENT_FILE).is_file():
-            raise RSOCheckpointError(
-                f"{target / CLIENT_FILE} does not exist: not a checkpoint of --engine {self.kind}."
-            )
-        client = json.loads((target / CLIENT_FILE).read_text())
-        for key, value in self._identity().items():
-            if client.get(key) != value:
-                raise RSOCheckpointError(
-                    f"{target} was saved with {key} {client.get(key)!r}, this run has {value!r}: resume with the same."
-                )
-        boundary = read_state(target) if hasattr(self, "rso") else None
-        if boundary is not None:
-            self.rso.check_state(boundary, str(target))
-        model, solver = get_state_dict(self.module, self._solver)
-        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
-        state = {"model": model, "solver": solver, "scheduler": scheduler, "kept": self._kept()}
-        dcp.load(state, checkpoint_id=self._part(target), process_group=self._replica_group)
-        set_state_dict(self.module, self._solver, model_state_dict=model, optim_state_dict=solver)
+    def _checkpointer(self) -> Checkpointer:
+        extras: dict[str, Any] = {"engine": self}
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            extras["scheduler"] = self.scheduler
         if isinstance(self.optimizer, RSO):
-            self.optimizer.follow_solver()
-        if boundary is not None:
-            self.rso.load_state_dict(boundary)
-            self.rso.check_replicas()
-        return str(target), client
+            return self.optimizer.checkpointer(**extras)
+        if self.kind == "ddp":
+            places = ReplicatedShards({}, self.optimizer, next(self.module.parameters()).device)
+        else:
+            places = FSDPShards(self._wrapped, {}, self.optimizer, RSOConfig())
+        return Checkpointer(TrainingState(self.module, places, None), extras)
 
-    @property
-    def _solver(self) -> torch.optim.Optimizer:
-        return self.optimizer.solver if isinstance(self.optimizer, RSO) else self.optimizer
+    def state_dict(self) -> dict[str, Any]:
+        """What the engine itself counts."""
+        return {"global_steps": self._micro // self.accumulation, "skipped_steps": self.skipped_steps}
 
-    def _kept(self) -> dict[str, Any]:
-        """Outer momentum of local steps: on every rank, for this rank's rows."""
-        if not isinstance(self.optimizer, RSO):
-            return {}
-        rank = dist.get_rank()  # rows of different ranks must not pass for copies of one tensor
-        return {f"rank{rank}.{name}": rows for name, rows in self.optimizer.outer_momentum_rows().items()}
-
-    def _identity(self) -> dict[str, Any]:
-        shared = self._replica_group is None
-        ranks = {"world_size": dist.get_world_size(), "replicas": self.replicas}
-        return {"engine": self.kind, **ranks, "ranks_step_apart": not shared}
-
-    def _part(self, target: Path) -> Path:
-        """Where this rank's copy of the model is saved: copies that step apart each have a folder."""
-        if self._replica_group is None:
-            return target
-        return target / f"replica{dist.get_process_group_ranks(self._replica_group)[0]}"
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._micro, self.skipped_steps = state["global_steps"] * self.accumulation, state["skipped_steps"]
 
 
 def _refuse(ds_json: dict[str, Any], kind: str, replicas: int, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed_cases import FORCED, MICRO, STEPS, case
+from sealing import reseal
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
@@ -125,20 +127,32 @@ def foreign_checkpoints(folder):
     engine.save_checkpoint(str(folder), tag="good")
     dist.barrier()
     state = json.loads((folder / "good" / "rso_state.json").read_text())
+    rso = state["rso"]
+
+    def altered(**changes):
+        return json.dumps({**state, "rso": {**rso, **changes}})
+
     broken = {
         "missing": None,
         "damaged": "{",
-        "other rank": json.dumps({**state, "layers": {n: [a, b, 4, g] for n, (a, b, _, g) in state["layers"].items()}}),
-        "other sampler": json.dumps({**state, "sampler": "gaussian"}),
+        "other rank": altered(layers={n: [a, b, 4, g] for n, (a, b, _, g) in rso["layers"].items()}),
+        "other sampler": altered(sampler="gaussian"),
         "other format": json.dumps({**state, "format": 99}),
-        "incomplete": json.dumps({k: v for k, v in state.items() if k != "draw"}),
+        "incomplete": json.dumps({**state, "rso": {k: v for k, v in rso.items() if k != "draw"}}),
+        "other solver": json.dumps({**state, "solver": "sgd"}),
+        "other dtype": json.dumps(
+            {**state, "parameters": {n: [s, "bfloat16", t] for n, (s, _, t) in state["parameters"].items()}}
+        ),
+        "without RSO": json.dumps({**state, "rso": None}),
     }
     for name, text in broken.items():
         if dist.get_rank() == 0:
             target = folder / name
             target.mkdir()
             if text is not None:
+                shutil.copytree(folder / "good", target, dirs_exist_ok=True)
                 (target / "rso_state.json").write_text(text)
+                reseal(target)
         dist.barrier()
         found[name] = message_of(lambda name=name: engine.load_checkpoint(str(folder), tag=name))
     found["exclude_frozen"] = message_of(lambda: engine.save_checkpoint(str(folder), exclude_frozen_parameters=True))

@@ -1,24 +1,20 @@
-"""The hooks that put RSO into a DeepSpeed engine: step, save, load."""
+"""The hooks that put RSO into a DeepSpeed engine."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from rso_ds.boundary import Boundary
-from rso_ds.checkpoint.state import read_state, write_state
 from rso_ds.comm.counter import BACKWARD, install
 from rso_ds.config import RSOConfig
 from rso_ds.engines.deepspeed.loss_scale import scale_loss_at_stage_0
+from rso_ds.engines.deepspeed.saving import hook_checkpoints
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
-from rso_ds.engines.replicated import ReplicatedShards
-from rso_ds.errors import RSOCheckpointError, RSOUnsupportedError
+from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
 from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
 
@@ -39,20 +35,8 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
         solver.register_step_pre_hook(proximal_hook(config))
     scale_loss_at_stage_0(engine)
     _hook_step(engine, boundary, solver)
-    _refuse_lossy_savers(engine)
-    _hook_save(engine, boundary, shards)
-    _hook_load(engine, boundary, shards)
+    engine.checkpoints = hook_checkpoints(engine, shards, boundary)
     return boundary
-
-
-def _refuse_lossy_savers(engine: Any) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RSOUnsupportedError(
-            "save_16bit_model would write W without the current B P^T: use rso_ds.checkpoint.save_dense(engine.module,"
-            " folder, rank)."
-        )
-
-    engine.save_16bit_model = refuse
 
 
 def count_traffic(engine: Any) -> None:
@@ -96,69 +80,3 @@ def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -
         return result
 
     engine.step = step
-
-
-def _hook_save(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> None:
-    inner = engine.save_checkpoint
-    masters = shards.weight_masters
-
-    @wraps(inner)
-    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("exclude_frozen_parameters") or (len(args) > 2 and args[2]):
-            raise RSOUnsupportedError(
-                "exclude_frozen_parameters would lose the training: RSO changes the frozen W at every boundary."
-                " Save without it."
-            )
-        tag = f"global_step{engine.global_steps}" if tag is None else tag
-        if dist.get_rank() == 0:
-            # Before the engine's own files, so that "latest" never names a folder without it.
-            write_state(Path(save_dir) / str(tag), boundary.state_dict())
-        if masters is not None:
-            masters.save(Path(save_dir) / str(tag), shards.rank, shards.world_size)
-        return inner(save_dir, tag, *args, **kwargs)
-
-    engine.save_checkpoint = save_checkpoint
-
-
-def _hook_load(engine: Any, boundary: Boundary, shards: ReplicatedShards) -> None:
-    inner = engine.load_checkpoint
-    masters = shards.weight_masters
-
-    @wraps(inner)
-    def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        tag, state = _read_on_rank_zero(Path(load_dir), tag)
-        folder = os.path.join(load_dir, tag)
-        boundary.check_state(state, folder)
-        if masters is not None:
-            masters.rows = {}
-            if state["draw"] > 0:
-                masters.load(Path(folder), shards.rank, shards.world_size)
-        result = inner(load_dir, tag, *args, **kwargs)
-        if result[0] is None:
-            raise RSOCheckpointError(f"DeepSpeed could not load {folder}: see its log above.")
-        boundary.load_state_dict(state)
-        boundary.check_replicas()
-        return result
-
-    engine.load_checkpoint = load_checkpoint
-
-
-def _read_on_rank_zero(load_dir: Path, tag: Any) -> tuple[str, dict[str, Any]]:
-    """(tag, RSO's state): rank 0 reads, every rank gets the same answer or the same error."""
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            if tag is None:
-                latest = load_dir / "latest"
-                if not latest.is_file():
-                    raise RSOCheckpointError(
-                        f"{latest} does not exist: there is no checkpoint to load, or name its tag."
-                    )
-                tag = latest.read_text().strip()
-            box[0] = (str(tag), read_state(load_dir / str(tag)))
-        except (RSOCheckpointError, OSError) as error:
-            box[0] = str(error)
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], str):
-        raise RSOCheckpointError(box[0])
-    return box[0]

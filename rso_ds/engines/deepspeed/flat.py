@@ -54,13 +54,16 @@ class FlatShards(ReplicatedShards):
         master_weights: str,
     ) -> None:
         super().__init__(layers, solver, device, group=group, master_weights=master_weights)
-        ours = {id(layer.B) for layer in self.layers.values()}
-        self._of_b = {b: flat for flat in groups for b in flat.offsets if b in ours}
+        self._group_of = {param: flat for flat in groups for param in flat.offsets}
 
-    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
-        flat = self._of_b[id(layer.B)]
-        begin = flat.offsets[id(layer.B)]
-        end = begin + layer.B.numel()
+    def solver_key(self, param: Any) -> Any:
+        flat = self._group_of.get(id(param))
+        return None if flat is None else flat.master
+
+    def solver_part(self, param: Any) -> SolverShard:
+        flat = self._group_of[id(param)]
+        begin = flat.offsets[id(param)]
+        end = begin + param.numel()
         piece_begin = flat.rank * flat.piece
         lo = min(max(begin, piece_begin), end)
         hi = max(min(end, piece_begin + flat.piece), lo)
@@ -75,11 +78,11 @@ class FlatShards(ReplicatedShards):
         )
 
     def cuts(self, layer: SubspaceLayer) -> list[int]:
-        flat = self._of_b[id(layer.B)]
+        flat = self._group_of[id(layer.B)]
         begin = flat.offsets[id(layer.B)]
         at = [i * flat.piece - begin for i in range(1, flat.pieces)]
         return [c for c in at if 0 < c < layer.B.numel()]
 
     def restart_step(self) -> None:
-        for flat in {id(f): f for f in self._of_b.values()}.values():
+        for flat in {id(f): f for f in (self._group_of[id(x.B)] for x in self.layers.values())}.values():
             restart_step(self.solver.state.get(flat.master, {}))

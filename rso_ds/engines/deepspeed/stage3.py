@@ -46,32 +46,31 @@ class Stage3Shards(ReplicatedShards):
 
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight, b, in_features = _zero_params(layer)
-        start, stop = self._interval(weight)
-        top, bottom = start // in_features, -(-stop // in_features)  # the rows that this piece touches
+        rows, start, skip, length = self.merged_part(weight)
+        top = start // in_features
         if layer.out_features % self.world_size == 0:
             rows_of_b = b.ds_tensor.view(-1, layer.subspace.rank).to(P.device)
         else:
             with gathered([layer.B]):
-                rows_of_b = layer.B.detach()[top:bottom].to(P.device).clone()
+                rows_of_b = layer.B.detach()[top : top + len(rows)].to(P.device).clone()
         self._drop_secondary(weight)
-        if start == stop:
+        if not length:
             return
-        shard = weight.ds_tensor[: stop - start]
-        mine = slice(start - top * in_features, stop - top * in_features)
-        rows = torch.zeros((bottom - top) * in_features, dtype=shard.dtype, device=P.device)
-        rows[mine] = shard
-        rows = rows.view(-1, in_features)
-        merged = self.merged_rows(name, rows, rows_of_b, P, decay)
-        shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[mine])
+        merged = self.merged_rows(name, rows.to(P.device), rows_of_b, P, decay)
+        shard = weight.ds_tensor[:length]
+        shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[skip : skip + length])
 
     def zero(self, layer: SubspaceLayer) -> None:
         _, b, _ = _zero_params(layer)
         b.ds_tensor.zero_()
         self._drop_secondary(b)
 
-    def solver_shard(self, layer: SubspaceLayer) -> SolverShard:
-        start, stop = self._interval(layer.B)
-        flat, offset = self._masters[id(layer.B)]
+    def solver_key(self, param: Any) -> Any:
+        return self._masters[id(param)][0] if id(param) in self._masters else None
+
+    def solver_part(self, param: Any) -> SolverShard:
+        start, stop = self._interval(param)
+        flat, offset = self._masters[id(param)]
         mine = slice(offset, offset + stop - start)
         first, second = moments(self.solver.state.get(flat, {}))
         return SolverShard(
@@ -93,6 +92,24 @@ class Stage3Shards(ReplicatedShards):
 
     def replicated_weights(self) -> list[tuple[str, Tensor]]:
         return []
+
+    def model_part(self, param: Any) -> tuple[int, Tensor]:
+        start, stop = self._interval(param)
+        return start, param.ds_tensor.detach().view(-1)[: stop - start]
+
+    def merged_part(self, weight: Any) -> tuple[Tensor, int, int, int]:
+        start, stop = self._interval(weight)
+        in_features = weight.ds_shape[1]
+        top, bottom = start // in_features, -(-stop // in_features)
+        shard = weight.ds_tensor[: stop - start]
+        rows = torch.zeros((bottom - top) * in_features, dtype=shard.dtype, device=self.device)
+        skip = start - top * in_features
+        rows[skip : skip + stop - start] = shard
+        return rows.view(-1, in_features), start, skip, stop - start
+
+    def reloaded(self) -> None:
+        for param in self.zero_optimizer.module.parameters():
+            self._drop_secondary(param)
 
     def _interval(self, param: Any) -> tuple[int, int]:
         """Elements of the flattened parameter that this rank's piece holds, padding excluded."""

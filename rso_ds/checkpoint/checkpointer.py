@@ -1,0 +1,128 @@
+"""Save and load a training run: the same folder layout, checks and promises for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from rso_ds.checkpoint.folder import Retention
+from rso_ds.checkpoint.pieces import Piece
+from rso_ds.checkpoint.storage import StoredTensors, load_pieces, save_pieces
+from rso_ds.checkpoint.training_state import TrainingState
+from rso_ds.checkpoint.transaction import agreed, read_checkpoint, serialized, write_checkpoint
+from rso_ds.comm.counter import install
+from rso_ds.errors import RSOCheckpointError
+
+
+class Stateful(Protocol):
+    """A learning-rate schedule, say."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Checkpointer:
+    """Checkpoints of one engine. All ranks call every method together.
+
+    ``extras`` maps names to further objects whose state belongs to the run. A checkpoint is readable on any
+    number of ranks and by any engine, and is whole or absent: see ``rso_ds.checkpoint.folder``.
+    """
+
+    def __init__(self, state: TrainingState, extras: Mapping[str, Stateful]) -> None:
+        self._state, self._extras = state, dict(extras)
+        self._group: Any = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self,
+        folder: str | Path,
+        tag: str,
+        client_state: Mapping[str, Any] | None = None,
+        *,
+        wait: bool = True,
+        keep: Retention | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Save the run as ``folder/tag`` and make it the latest. Call it between optimizer steps.
+
+        ``client_state``: numbers, texts, tensors and containers of them. With ``wait`` False the state is copied
+        to host memory and written by a thread while training goes on; the next ``save`` or ``wait`` waits for it
+        and raises what it raised. ``keep`` limits how many checkpoints stay, the best by ``score`` among them.
+
+        Raises ``RSOCheckpointError`` on every rank if any of them cannot write (a full disk); the checkpoints
+        that were there before stay as they were.
+        """
+        self.wait()
+        state = {**self._state.describe(), "score": score}
+        extras = {name: dict(part.state_dict()) for name, part in self._extras.items()}
+        extra = agreed(lambda: serialized({"client": dict(client_state or {}), "extras": extras}))
+        pieces = agreed(self._state.pieces)
+        group = None
+        if not wait:
+            self._start_thread()
+            group = self._group
+            pieces = {n: Piece(p.shape, p.start, p.flat.to("cpu", copy=True)) for n, p in pieces.items()}
+
+        def write() -> Path:
+            return write_checkpoint(
+                Path(folder),
+                tag,
+                lambda path: save_pieces(pieces, path, group),
+                state,
+                extra,
+                keep or Retention(),
+                group,
+            )
+
+        if self._thread is not None and not wait:
+            self._pending = self._thread.submit(write)
+        else:
+            write()
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+            if dist.is_initialized():
+                # Collectives of the training's own group would meet those of the next step.
+                self._group = dist.new_group(backend="gloo")
+                install().label(self._group, "other")
+
+    def wait(self) -> None:
+        """Wait until the save that goes on in the background, if any, is complete."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def load(
+        self, folder: str | Path, tag: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """Continue from ``folder/tag`` (None: the latest). Returns its path and client state.
+
+        Everything is compared, by ``check`` too, which is handed the client state, and every checksum verified
+        before anything changes. Raises ``RSOCheckpointError`` on every rank for a checkpoint that is damaged,
+        incomplete, or of another model, solver or configuration.
+        """
+        self.wait()
+        path, state, extra = read_checkpoint(folder, tag)
+        agreed(lambda: self._check(state, extra, path))
+        if check is not None:
+            agreed(lambda: check(extra["client"]))
+        targets = agreed(lambda: self._state.targets(StoredTensors(path)))
+        agreed(lambda: load_pieces(targets, path))
+        self._state.loaded(state)
+        for name, part in self._extras.items():
+            part.load_state_dict(extra["extras"][name])
+        return path, extra["client"]
+
+    def _check(self, state: dict[str, Any], extra: dict[str, Any], path: Path) -> None:
+        self._state.check(state, str(path))
+        missing = sorted(set(self._extras) - set(extra["extras"]))
+        if missing:
+            raise RSOCheckpointError(
+                f"{path} holds no '{missing[0]}': it was saved by a run without one. Resume with the same settings."
+            )

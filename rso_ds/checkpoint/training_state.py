@@ -1,0 +1,237 @@
+"""What makes a training run: which tensors and numbers are saved, and how they come back.
+
+Names of the tensors in a checkpoint, for a parameter ``p`` of the model as it was converted:
+
+    model.p       the most precise copy: an fp32 master where the engine keeps one, the parameter itself otherwise
+    moment1.p     the solver's first moment (Adam's exp_avg, SGD's momentum)
+    moment2.p     Adam's exp_avg_sq
+    outer.p       momentum of merged updates, for W, with ``outer_momentum``
+    rng.R.cpu     state of rank R's random generators
+
+After local steps, what differs between replicas has ``replicaK/`` in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rso_ds.boundary import Boundary, SolverShard
+from rso_ds.checkpoint.pieces import Piece
+from rso_ds.checkpoint.storage import StoredTensors
+from rso_ds.errors import RSOCheckpointError, RSOUnsupportedError
+from rso_ds.layers import rso_layers
+from rso_ds.layers.partitioned import full_shape
+
+
+class Places(Protocol):
+    """What an engine says about where each parameter lies on this rank (``rso_ds.engines``)."""
+
+    solver: torch.optim.Optimizer
+    replica: int
+    replicas: int
+
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def reloaded(self) -> None: ...
+    def model_part(self, param: Any) -> tuple[int, Tensor]: ...
+    def solver_part(self, param: Any) -> SolverShard: ...
+    def solver_key(self, param: Any) -> Any: ...
+    def prepare_solver(self, param: Any) -> None: ...
+    def solver_step(self, param: Any) -> int | None: ...
+    def set_solver_step(self, param: Any, step: int) -> None: ...
+    def kept_rows(self, what: str, param: Any) -> tuple[int, Tensor] | None: ...
+    def keeps(self) -> list[str]: ...
+
+
+class TrainingState:
+    """Parameters, solver state, boundary and random state of one engine, on this rank.
+
+    ``module`` is the bare model; ``boundary`` None for a solver without RSO.
+    """
+
+    def __init__(self, module: nn.Module, places: Places, boundary: Boundary | None) -> None:
+        self.module, self.places, self.boundary = module, places, boundary
+        self._weights = {id(layer.weight): name for name, layer in rso_layers(module)}
+
+    # -- plain values --------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Ints, floats, strings and lists of them, equal on all ranks."""
+        solver = self.places.solver
+        steps = {name: self.places.solver_step(p) for name, p in self._trainable()}
+        return {
+            "rso": None if self.boundary is None else self.boundary.state_dict(),
+            "solver": type(solver).__name__ if self.boundary is None else self.boundary.config.solver,
+            "parameters": self._parameters(),
+            "steps": {name: step for name, step in steps.items() if step is not None},
+            "lrs": [float(group["lr"]) for group in solver.param_groups],
+            "replicas": self.places.replicas,
+            "keeps": self.places.keeps(),
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        }
+
+    def _parameters(self) -> dict[str, list[Any]]:
+        named = {n: [list(full_shape(p)), _dtype(p), p.requires_grad] for n, p in self.module.named_parameters()}
+        return named | {n: [list(b.shape), _dtype(b), False] for n, b in self._buffers()}
+
+    def check(self, state: dict[str, Any], source: str) -> None:
+        """Raise ``RSOCheckpointError`` if ``state`` is not of this model, solver and configuration."""
+        mine = self.describe()
+        missing = sorted(set(mine) - set(state))
+        if missing:
+            raise RSOCheckpointError(f"{source}: damaged state, no '{missing[0]}'.")
+        if (state["rso"] is None) != (mine["rso"] is None):
+            how = "without" if state["rso"] is None else "with"
+            raise RSOCheckpointError(f"{source} was saved {how} RSO: resume with the same optimizer.")
+        if self.boundary is not None:
+            self.boundary.check_state(state["rso"], source)
+        theirs, ours = state["parameters"], mine["parameters"]
+        if theirs != ours:
+            name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
+            raise RSOCheckpointError(
+                f"{source} is of another model or precision: '{name}' is [shape, dtype, trainable]"
+                f" {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here."
+            )
+        if state["solver"] != mine["solver"]:
+            raise RSOCheckpointError(
+                f"{source} was trained with solver '{state['solver']}', this run has '{mine['solver']}': use the same."
+            )
+        for key, what in (("lrs", "parameter groups"), ("replicas", "replicas that step apart")):
+            here, there = (x if isinstance(x, int) else len(x) for x in (mine[key], state[key]))
+            if here != there:
+                raise RSOCheckpointError(f"{source} has {there} {what}, this run {here}: use the same.")
+        lost = sorted(set(state["keeps"]) - set(mine["keeps"]))
+        if lost or ("outer_momentum" in mine["keeps"] and "outer_momentum" not in state["keeps"]):
+            raise RSOCheckpointError(
+                f"{source} keeps {state['keeps'] or 'nothing'} beside W, this run {mine['keeps'] or 'nothing'}: set"
+                " 'master_weights' and 'outer_momentum' as they were."
+            )
+
+    # -- tensors -------------------------------------------------------------------------------------
+
+    def pieces(self) -> dict[str, Piece]:
+        """Everything that this rank has to save, as live memory. Call it between optimizer steps."""
+        self.places.begin()
+        found: dict[str, Piece] = {}
+        for name, param in self.module.named_parameters():
+            shape = full_shape(param)
+            start, flat = self.places.model_part(param)
+            if not param.requires_grad:
+                kept = self.places.kept_rows("masters", param) if id(param) in self._weights else None
+                found[f"model.{name}"] = Piece(shape, *(kept or (start, flat)))
+                outer = self.places.kept_rows("outer_momentum", param) if id(param) in self._weights else None
+                if outer is not None:
+                    found[f"outer.{name}"] = Piece(shape, *outer)
+                continue
+            prefix = self._prefix()
+            part = self.places.solver_part(param)
+            found[f"{prefix}model.{name}"] = (
+                Piece(shape, part.start, part.masters[0]) if part.masters else Piece(shape, start, flat)
+            )
+            for key, moment in (("moment1", part.first), ("moment2", part.second)):
+                if moment is not None:
+                    found[f"{prefix}{key}.{name}"] = Piece(shape, part.start, moment)
+        for name, buffer in self._buffers():
+            found[f"model.{name}"] = Piece(tuple(buffer.shape), 0, _flat(buffer, name))
+        for name, value in _random_state().items():
+            found[f"rng.{_rank()}.{name}"] = Piece(tuple(value.shape), 0, value)
+        self.places.end()
+        return found
+
+    def targets(self, stored: StoredTensors) -> dict[str, list[Piece]]:
+        """The memory of this rank that ``stored`` is to fill. Changes nothing but empty solver state."""
+        self.places.begin()
+        found: dict[str, list[Piece]] = {}
+        for name, param in self.module.named_parameters():
+            shape = full_shape(param)
+            copy = Piece(shape, *self.places.model_part(param))
+            if not param.requires_grad:
+                found[f"model.{name}"] = [copy]
+                for what, key in (("masters", "model"), ("outer_momentum", "outer")):
+                    kept = self.places.kept_rows(what, param) if id(param) in self._weights else None
+                    if kept is not None:
+                        found.setdefault(f"{key}.{name}", []).append(Piece(shape, *kept))
+                continue
+            prefix = self._prefix()
+            if f"{prefix}moment1.{name}" in stored:
+                self.places.prepare_solver(param)
+            part = self.places.solver_part(param)
+            found[f"{prefix}model.{name}"] = [copy, *(Piece(shape, part.start, m) for m in part.masters)]
+            for key, moment in (("moment1", part.first), ("moment2", part.second)):
+                if moment is not None:
+                    if f"{prefix}{key}.{name}" in stored:
+                        found[f"{prefix}{key}.{name}"] = [Piece(shape, part.start, moment)]
+                    else:
+                        moment.zero_()  # saved before the first step
+        for name, buffer in self._buffers():
+            found[f"model.{name}"] = [Piece(tuple(buffer.shape), 0, _flat(buffer, name))]
+        self._random = {n: v for n, v in _random_state().items() if f"rng.{_rank()}.{n}" in stored}
+        for name, value in self._random.items():
+            found[f"rng.{_rank()}.{name}"] = [Piece(tuple(value.shape), 0, value)]
+        for name, pieces in found.items():
+            if name not in stored or stored.shape(name) != pieces[0].shape:
+                raise RSOCheckpointError(
+                    f"the checkpoint has no '{name}' of shape {list(pieces[0].shape)}: it is of another model."
+                )
+        return found
+
+    def loaded(self, state: dict[str, Any]) -> None:
+        """Set the plain values, after ``targets`` have been filled."""
+        for name, param in self._trainable():
+            self.places.set_solver_step(param, state["steps"].get(name, 0))
+        for group, lr in zip(self.places.solver.param_groups, state["lrs"], strict=True):
+            group["lr"] = lr
+        _set_random_state(self._random)
+        self.places.reloaded()
+        self.places.end()
+        if self.boundary is not None:
+            self.boundary.load_state_dict(state["rso"])
+            self.boundary.check_replicas()
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        return [(n, p) for n, p in trained if self.places.solver_key(p) is not None]
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        persistent = []
+        for prefix, module in self.module.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    persistent.append((f"{prefix}.{name}" if prefix else name, buffer))
+        return persistent
+
+    def _prefix(self) -> str:
+        return f"replica{self.places.replica}/" if self.places.replicas > 1 else ""
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _flat(tensor: Tensor, name: str) -> Tensor:
+    if not tensor.is_contiguous():
+        raise RSOUnsupportedError(f"'{name}' is not contiguous in memory: make it so before training.")
+    return tensor.detach().view(-1)
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,137 @@
+"""All ranks write one checkpoint, or none: what fails on one rank is raised on every rank."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rso_ds.checkpoint import folder as folders
+from rso_ds.checkpoint.folder import Retention
+from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.errors import RSOCheckpointError, RSOError
+
+EXTRA_FILE = "extra.pt"
+T = TypeVar("T")
+
+
+def write_checkpoint(
+    folder: Path,
+    tag: str,
+    write: Callable[[Path], None],
+    state: dict[str, Any],
+    extra: bytes,
+    keep: Retention,
+    group: Any = None,
+) -> Path:
+    """Make ``folder/tag`` of what ``write`` puts into a folder on all ranks, of ``state`` and ``extra``.
+
+    Raises ``RSOCheckpointError`` on every rank if any of them fails; what was there before stays as it was.
+    """
+    first = _rank(group) == 0
+    temporary = folder / f".{folders.check_tag(tag)}.saving"
+    try:
+        agreed(lambda: folders.begin(folder, tag) if first else None, group)
+        agreed(lambda: write(temporary), group)
+
+        def rest() -> list[str]:
+            if not first:
+                return []
+            write_state(temporary, state)
+            (temporary / EXTRA_FILE).write_bytes(extra)
+            return sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
+
+        names = _gathered(agreed(rest, group), group)[0]
+        mine = agreed(lambda: folders.digests(temporary, names[_rank(group) :: _size(group)]), group)
+        entries = {name: entry for part in _gathered(mine, group) for name, entry in part.items()}
+        agreed(lambda: _finish(folder, temporary, entries, keep) if first else None, group)
+    except RSOError:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder / tag
+
+
+def _finish(folder: Path, temporary: Path, entries: dict[str, dict[str, Any]], keep: Retention) -> None:
+    folders.commit(temporary, entries)
+    if keep.last:
+        scores = {tag: read_state(folder / tag).get("score") for tag in folders.tags(folder)}
+        folders.prune(folder, keep, {tag: score for tag, score in scores.items() if score is not None})
+
+
+def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(path, state, extra) of a checkpoint whose files are all as they were written.
+
+    All ranks call this together: each verifies a share of the files. Raises ``RSOCheckpointError`` on every
+    rank, naming the damaged file.
+    """
+
+    def read() -> tuple[Path, dict[str, Any], dict[str, Any]]:
+        path = folders.find(Path(folder), tag)
+        folders.verify(path, _rank(), _size())
+        return path, read_state(path), read_extra(path)
+
+    return agreed(read)
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    extra: dict[str, Any] = torch.load(path / EXTRA_FILE, map_location="cpu", weights_only=True)
+    return extra
+
+
+def serialized(extra: Mapping[str, Any]) -> bytes:
+    """``extra`` as ``read_extra`` reads it. Raises ``RSOCheckpointError`` for what would not come back."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(dict(extra), buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise RSOCheckpointError(
+            "client_state or a schedule holds what torch.load(weights_only=True) refuses: keep numbers, texts, tensors"
+            f" and containers of them. {str(error).splitlines()[0][:300]}"
+        ) from None
+    return buffer.getvalue()
+
+
+def agreed(action: Callable[[], T], group: Any = None) -> T:
+    """What ``action`` returns; if it fails on any rank, ``RSOCheckpointError`` with that rank's message on all."""
+    failure: str | None = None
+    own: RSOError | None = None
+    try:
+        result = action()
+    except RSOError as error:
+        failure, own = str(error), error
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        failure = f"rank {rank}: {type(cause).__name__}: {cause}"
+    except OSError as error:
+        failure = f"rank {_rank()}: {type(error).__name__}: {error}"
+    failures = _gathered(failure, group)
+    if own is not None:
+        raise own
+    for message in failures:
+        if message is not None:
+            raise RSOCheckpointError(message)
+    return result
+
+
+def _gathered(value: T, group: Any = None) -> list[T]:
+    if not dist.is_initialized():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(box, value, group=group)
+    return box
+
+
+def _rank(group: Any = None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _size(group: Any = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1

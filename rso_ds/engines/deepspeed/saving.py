@@ -1,0 +1,138 @@
+"""``engine.save_checkpoint`` and ``load_checkpoint`` of a DeepSpeed engine that trains with RSO.
+
+DeepSpeed's own files bind a run to its stage and world size, and its universal checkpoints lose what RSO has
+merged into the frozen W. The two methods keep their signatures and write ``rso_ds.checkpoint`` instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from rso_ds.boundary import Boundary
+from rso_ds.checkpoint import Checkpointer, TrainingState
+from rso_ds.checkpoint.folder import write_text
+from rso_ds.checkpoint.training_state import Places
+from rso_ds.errors import RSOUnsupportedError
+
+_SCRIPT = '''"""DeepSpeed puts a conversion script here. Checkpoints of RSO are converted by rso_ds itself."""
+
+import sys
+
+sys.exit("These are checkpoints of rso_ds, from which zero_to_fp32 would lose B P^T. Use: rso-ds export CHECKPOINT OUT")
+'''
+
+
+def hook_checkpoints(engine: Any, places: Places, boundary: Boundary | None) -> Checkpointer:
+    """Replace the engine's two methods, refuse those that would lose W; returns what they work with."""
+    extras: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
+    if engine.lr_scheduler is not None:
+        extras["scheduler"] = engine.lr_scheduler
+    checkpoints = Checkpointer(TrainingState(engine.module, places, boundary), extras)
+
+    def save_checkpoint(
+        save_dir: Any,
+        tag: Any = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """As DeepSpeed's; see ``rso_ds.checkpoint.Checkpointer.save`` for what it writes and raises."""
+        if exclude_frozen_parameters:
+            raise RSOUnsupportedError(
+                "exclude_frozen_parameters would lose the training: RSO changes the frozen W at every boundary."
+                " Save without it."
+            )
+        if not save_latest:
+            raise RSOUnsupportedError(
+                "save_latest=False is not supported: 'latest' always names the newest checkpoint."
+            )
+        refuse_between_micro_batches(engine)
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        checkpoints.save(save_dir, tag, client_state)
+        if dist.get_rank() == 0:
+            write_text(Path(save_dir) / "zero_to_fp32.py", _SCRIPT)
+        return True
+
+    def load_checkpoint(
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """As DeepSpeed's, for whole runs; see ``rso_ds.checkpoint.Checkpointer.load``."""
+        partly = load_module_only or custom_load_fn is not None or not load_optimizer_states
+        if partly or not load_lr_scheduler_states:
+            raise RSOUnsupportedError(
+                "load_checkpoint continues a whole run. To begin a new one from its weights: rso-ds export CHECKPOINT"
+                " OUT, then load OUT as the model."
+            )
+        path, client = checkpoints.load(load_dir, None if tag is None else str(tag))
+        return str(path), client
+
+    def save_16bit_model(*_: Any, **__: Any) -> None:
+        raise RSOUnsupportedError(
+            "save_16bit_model would write W without the current B P^T: use rso_ds.checkpoint.save_dense(engine.module,"
+            " folder, rank)."
+        )
+
+    engine.save_checkpoint = save_checkpoint
+    engine.load_checkpoint = load_checkpoint
+    engine.save_16bit_model = save_16bit_model
+    return checkpoints
+
+
+def refuse_between_micro_batches(engine: Any) -> None:
+    """Raise ``RSOUnsupportedError`` if gradients are being accumulated: no engine saves those."""
+    accumulation = engine.gradient_accumulation_steps()
+    if engine.micro_steps % accumulation:
+        raise RSOUnsupportedError(
+            f"{engine.micro_steps % accumulation} of {accumulation} micro batches have come in, and gradients are not"
+            " saved: save after the step that they make up."
+        )
+
+
+class _Counters:
+    """DeepSpeed's own counts, which its logs and schedules follow."""
+
+    _NAMES = ("global_steps", "global_samples", "skipped_steps")
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self._engine, name) for name in self._NAMES}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._NAMES:
+            setattr(self._engine, name, state[name])
+        self._engine.micro_steps = state["global_steps"] * self._engine.gradient_accumulation_steps()
+
+
+class _LossScale:
+    """The moving parts of whichever loss scaler the engine has; empty where it does not scale."""
+
+    _NAMES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+    def __init__(self, engine: Any) -> None:
+        self._grad_scaler = engine.torch_autocast_z0_gradscaler
+        optimizer = engine.optimizer
+        self._scaler = getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._grad_scaler is not None:
+            return dict(self._grad_scaler.state_dict())
+        return {name: value for name in self._NAMES if (value := getattr(self._scaler, name, None)) is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._grad_scaler is not None and "scale" in state:
+            self._grad_scaler.load_state_dict(state)
+            return
+        for name in self._NAMES:  # another engine or precision may have had no scaler: then ours starts anew
+            if name in state and hasattr(self._scaler, name):
+                setattr(self._scaler, name, state[name])

@@ -1,0 +1,12 @@
+"""Checkpoints that were changed on purpose and pass for sound ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rso_ds.checkpoint.folder import MANIFEST, digests, write_manifest
+
+
+def reseal(path: Path) -> None:
+    """Write the manifest of the checkpoint ``path`` anew, for the files as they are."""
+    write_manifest(path, digests(path, [p.name for p in path.iterdir() if p.name != MANIFEST]))
