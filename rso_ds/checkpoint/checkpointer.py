@@ -28,12 +28,15 @@ class Stateful(Protocol):
 class Checkpointer:
     """Checkpoints of one engine. All ranks call every method together.
 
-    ``extras`` maps names to further objects whose state belongs to the run. A checkpoint is readable on any
+    ``extras`` maps names to further objects whose state belongs to the run; ``own`` to those of the engine
+    itself, which are handed an empty state by a checkpoint of another engine. A checkpoint is readable on any
     number of ranks and by any engine, and is whole or absent: see ``rso_ds.checkpoint.folder``.
     """
 
-    def __init__(self, state: TrainingState, extras: Mapping[str, Stateful]) -> None:
-        self._state, self._extras = state, dict(extras)
+    def __init__(
+        self, state: TrainingState, extras: Mapping[str, Stateful], own: Mapping[str, Stateful] | None = None
+    ) -> None:
+        self._state, self._extras, self._own = state, dict(extras), dict(own or {})
         self._group: Any = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[Path] | None = None
@@ -59,7 +62,7 @@ class Checkpointer:
         """
         self.wait()
         state = {**self._state.describe(), "score": score}
-        extras = {name: dict(part.state_dict()) for name, part in self._extras.items()}
+        extras = {name: dict(part.state_dict()) for name, part in (self._extras | self._own).items()}
         extra = agreed(lambda: serialized({"client": dict(client_state or {}), "extras": extras}))
         pieces = agreed(self._state.pieces)
         group = None
@@ -117,6 +120,8 @@ class Checkpointer:
         self._state.loaded(state)
         for name, part in self._extras.items():
             part.load_state_dict(extra["extras"][name])
+        for name, part in self._own.items():
+            part.load_state_dict(extra["extras"].get(name, {}))
         return path, extra["client"]
 
     def _check(self, state: dict[str, Any], extra: dict[str, Any], path: Path) -> None:

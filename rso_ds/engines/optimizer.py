@@ -5,7 +5,7 @@ DeepSpeed has its own adapter in ``rso_ds.engines.deepspeed``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -101,10 +101,11 @@ class RSO(torch.optim.Optimizer):
         evaluating one of them between two boundaries. All ranks call this together."""
         self.boundary.meet()
 
-    def checkpointer(self, **extras: Any) -> Checkpointer:
+    def checkpointer(self, own: Mapping[str, Any] | None = None, **extras: Any) -> Checkpointer:
         """Saves and loads the whole run: model, solver, boundary, random state, and each of ``extras`` (objects
-        with state_dict and load_state_dict, say ``scheduler=scheduler``). Every rank makes one."""
-        return Checkpointer(TrainingState(self._bare, self._shards, self.boundary), extras)
+        with state_dict and load_state_dict, say ``scheduler=scheduler``); ``own`` as in ``Checkpointer``. Every
+        rank makes one."""
+        return Checkpointer(TrainingState(self._bare, self._shards, self.boundary), extras, own)
 
     def follow_solver(self) -> None:
         """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""

@@ -117,23 +117,22 @@ class TorchEngine:
             self.scheduler.step()
 
     def _checkpointer(self) -> Checkpointer:
-        extras: dict[str, Any] = {"engine": self}
-        if self.scheduler is not None:
-            extras["scheduler"] = self.scheduler
+        extras = {} if self.scheduler is None else {"scheduler": self.scheduler}
         if isinstance(self.optimizer, RSO):
-            return self.optimizer.checkpointer(**extras)
+            return self.optimizer.checkpointer({"engine": self}, **extras)
         if self.kind == "ddp":
             places = ReplicatedShards({}, self.optimizer, next(self.module.parameters()).device)
         else:
             places = FSDPShards(self._wrapped, {}, self.optimizer, RSOConfig())
-        return Checkpointer(TrainingState(self.module, places, None), extras)
+        return Checkpointer(TrainingState(self.module, places, None), extras, {"engine": self})
 
     def state_dict(self) -> dict[str, Any]:
         """What the engine itself counts."""
-        return {"global_steps": self._micro // self.accumulation, "skipped_steps": self.skipped_steps}
+        return {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._micro, self.skipped_steps = state["global_steps"] * self.accumulation, state["skipped_steps"]
+        self._micro = 0  # counted from the last checkpoint on: only the place inside a step matters
+        self.skipped_steps = state.get("skipped_steps", 0)
 
 
 def _refuse(ds_json: dict[str, Any], kind: str, replicas: int, ranks: int) -> None:

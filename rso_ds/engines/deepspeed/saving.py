@@ -27,10 +27,9 @@ sys.exit("These are checkpoints of rso_ds, from which zero_to_fp32 would lose B 
 
 def hook_checkpoints(engine: Any, places: Places, boundary: Boundary | None) -> Checkpointer:
     """Replace the engine's two methods, refuse those that would lose W; returns what they work with."""
-    extras: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
-    if engine.lr_scheduler is not None:
-        extras["scheduler"] = engine.lr_scheduler
-    checkpoints = Checkpointer(TrainingState(engine.module, places, boundary), extras)
+    own: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
+    extras = {} if engine.lr_scheduler is None else {"scheduler": engine.lr_scheduler}
+    checkpoints = Checkpointer(TrainingState(engine.module, places, boundary), extras, own)
 
     def save_checkpoint(
         save_dir: Any,
@@ -109,9 +108,11 @@ class _Counters:
         return {name: getattr(self._engine, name) for name in self._NAMES}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self._NAMES:
-            setattr(self._engine, name, state[name])
-        self._engine.micro_steps = state["global_steps"] * self._engine.gradient_accumulation_steps()
+        engine = self._engine
+        engine.skipped_steps = state.get("skipped_steps", 0)
+        engine.global_steps = state.get("global_steps", engine.rso.applied_steps)
+        engine.global_samples = state.get("global_samples", engine.global_steps * engine.train_batch_size())
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
 
 class _LossScale:
