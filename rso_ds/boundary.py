@@ -14,7 +14,7 @@ solver state live on this rank. The boundary never communicates anything of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,11 +74,12 @@ class Shards(Protocol):
     def restart_step(self) -> None:
         """Set the solver's step count of all B to zero."""
 
-    def replicated_weights(self) -> list[tuple[str, Tensor]]:
-        """(name, this rank's part) of every W of which there are several copies over the ranks."""
+    def replicated(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        """(name, this rank's part) of everything of which several ranks hold copies that must be equal: W, the
+        ``dense`` parameters (name -> parameter), moments."""
 
     def whole(self, checksums: Tensor) -> Tensor:
-        """Checksums of this rank's part of each ``replicated_weights`` -> of the whole tensor."""
+        """Checksums of this rank's part of each of ``replicated`` -> of the whole tensor."""
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         """In-place sum over the ranks that share the solver state; nothing to do on one rank."""
@@ -107,6 +108,7 @@ class Boundary:
 
     ``layers`` maps names to RSO layers in model order; ``decay_groups[i]`` is the index into the list of
     learning rates (see ``step_applied``) that rules layer i, with ``weight_decays[i]`` its decoupled decay.
+    ``dense``: name -> parameter trained densely; the boundary only compares those between ranks.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Boundary:
         shards: Shards,
         weight_decays: Sequence[float],
         lr_groups: Sequence[int],
+        dense: Mapping[str, Any] | None = None,
     ) -> None:
         if config.merge_rounding == "stochastic" and any(x.weight.dtype == torch.float16 for x in layers.values()):
             raise RSOUnsupportedError(
@@ -128,6 +131,7 @@ class Boundary:
         self.draw = 0
         self._weight_decays = list(weight_decays)
         self._lr_groups = list(lr_groups)
+        self._dense = dict(dense or {})
         self._decay = [1.0] * len(layers)
         self._carry_over = CARRY_OVER[config.carry_over]
         self.subspaces: list[Subspace] = list({id(x.subspace): x.subspace for x in layers.values()}.values())
@@ -236,9 +240,10 @@ class Boundary:
         return {(i, row): entry[:, : layers[i].subspace.rank] for entry, (i, row) in zip(table, keys, strict=True)}
 
     def check_replicas(self) -> None:
-        """Raise ``RSOReplicaError`` on every rank if any P or replicated W differs between ranks."""
+        """Raise ``RSOReplicaError`` on every rank, naming the first tensor of which ranks hold different bits: a
+        P, or what they hold copies of (``Shards.replicated``). One int64 a tensor is exchanged."""
         projections = [(f"P of {s.name}", s.P) for s in self.subspaces if s.P is not None]
-        weights = self.shards.replicated_weights()
+        weights = self.shards.replicated(self._dense)
         sums = [self._checksums(projections)]
         if weights:
             sums.append(self.shards.whole(self._checksums(weights)))
@@ -250,7 +255,8 @@ class Boundary:
                 f"ranks hold different bits of {differing[0]} ({len(differing)} of {len(names)} tensors differ)"
                 f" after {self.applied_steps} applied steps. Unlike hardware or thread counts can make the"
                 " orthogonalisation of sampler 'haar' differ: use equal nodes, or 'gaussian' or 'coordinate'."
-                " If a W differs, restart from the last checkpoint."
+                " If another tensor differs, memory or network has failed or code has changed it on some ranks only:"
+                " continue from the last checkpoint."
             )
 
     def _checksums(self, tensors: Sequence[tuple[str, Tensor]]) -> Tensor:

@@ -185,9 +185,26 @@ def test_refusals(ranks, name):
         assert REFUSALS[name] in message
 
 
-def test_a_drifted_replica_is_named_on_every_rank(ranks):
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("w", "model.layers.1.mlp.up_proj.weight (1 of"),
+        ("dense", "model.embed_tokens.weight (1 of"),
+        ("moment", "lm_head.weight ("),
+    ],
+)
+def test_a_drifted_replica_is_named_on_every_rank(ranks, what, name):
     for result in ranks:
-        assert "different bits of model.layers.1.mlp.up_proj.weight (1 of" in result["divergence"]
+        assert f"different bits of {name}" in result[f"divergence-{what}"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_with_infinite_gradients_do_not_count(results, stage):
+    """As an fp16 overflow, but in fp32 and on one rank only."""
+    got = results[f"nonfinite-zero{stage}"]
+    kept = [i for i in range(STEPS) if i not in FORCED]
+    assert (got["skipped"], got["applied"], got["draw"]) == (len(FORCED), len(kept), len(kept) // 3)
+    assert largest([got["losses"][i] for i in kept], reference(kept).losses) < 2e-5
 
 
 def test_unmodified_deepspeed_initialize_after_import_auto(results):

@@ -43,7 +43,8 @@ def settings_of(spec):
 def reference(spec, world):
     model = tiny_llama.build(spec["intermediate"], **spec["model"]).double()
     vocab = spec["model"].get("vocab", tiny_llama.VOCAB)
-    all_ids = [tiny_llama.tokens(i, MICRO * world * spec["gas"], vocab) for i in range(spec["steps"])]
+    steps = [i for i in range(spec["steps"]) if i not in spec["poisoned"]]
+    all_ids = [tiny_llama.tokens(i, MICRO * world * spec["gas"], vocab) for i in steps]
     if spec["rso"].get("communicate") == "boundary":
         replicas = 2  # of one rank each under DDP, of two ranks each under HSDP
         batches = [[list(part.split(MICRO)) for part in ids.chunk(replicas)] for ids in all_ids]
@@ -60,10 +61,11 @@ def test_equals_reference(results, world, name):
     spec, got = CASES[world, name], results[world, name]
     assert "error" not in got, got.get("error")
     expected = reference(spec, world)
-    assert got["applied"] == spec["steps"]
-    assert got["draw"] == spec["steps"] // 3 == 4
+    kept = [loss for i, loss in enumerate(got["losses"]) if i not in spec["poisoned"]]
+    assert got["applied"] == len(kept)
+    assert got["draw"] == len(kept) // 3 == 4
     assert set(expected.weights) == set(got["weights"])
-    loss_diff = max(abs(a - b) for a, b in zip(got["losses"], expected.losses, strict=True))
+    loss_diff = max(abs(a - b) for a, b in zip(kept, expected.losses, strict=True))
     weight_diff = max((got["weights"][n].double() - w).abs().max().item() for n, w in expected.weights.items())
     print(f"\n{world} ranks {name:28} loss {loss_diff:.1e} weight {weight_diff:.1e}")
     assert loss_diff < spec["tolerance"]

@@ -24,10 +24,12 @@ def case(
     tolerance: float = 2e-5,
     steps: int = STEPS,
     model: dict[str, Any] | None = None,
+    poisoned: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward between backward
-    and step; ``reshard``: FSDP2's ``reshard_after_forward``; ``hook``: DDP communication hook. Cases of local
-    steps end at a boundary, where the reference has one model."""
+    and step; ``poisoned``: steps in which the loss of rank 1 is infinite; ``reshard``: FSDP2's
+    ``reshard_after_forward``; ``hook``: DDP communication hook. Cases of local steps end at a boundary, where the
+    reference has one model."""
     return {
         "engine": engine,
         "rso": {**RSO_DEFAULTS, **(rso or {})},
@@ -42,6 +44,7 @@ def case(
         "tolerance": tolerance,
         "steps": steps,
         "model": model or {},
+        "poisoned": poisoned,
     }
 
 
@@ -65,6 +68,7 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
             cases[f"{engine}-checkpointing-{kind}"] = case(engine, checkpointing=kind)
         cases[f"{engine}-embeddings"] = case(engine, TOKENS, model={"vocab": 63})
         cases[f"{engine}-tied"] = case(engine, {**TOKENS, "carry_over": "project"}, model={"vocab": 63, "tie": True})
+        cases[f"{engine}-poisoned"] = case(engine, poisoned=(4, 5), steps=15)
         cases[f"{engine}-evaluate"] = case(engine, evaluate=True)
     cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
     cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
@@ -85,6 +89,7 @@ def four_rank_cases() -> dict[str, dict[str, Any]]:
     # 5 rows on 4 ranks: pieces of 2, 2, 1 and none.
     cases["fsdp2-empty_shards"] = case("fsdp2", {"rank": 2}, intermediate=5)
     cases["hsdp-evaluate-kept"] = case("hsdp", evaluate=True, reshard=False)
+    cases["hsdp-poisoned"] = case("hsdp", poisoned=(4, 5), steps=15)
     cases["hsdp-tied"] = case("hsdp", TOKENS, model={"vocab": 63, "tie": True})
     cases["hsdp-local"] = case("hsdp", {"communicate": "boundary"}, steps=12)
     cases["ddp"] = case("ddp")

@@ -38,8 +38,9 @@ class Parameter:
 @dataclass(frozen=True)
 class Exchange:
     """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
-    compared at a boundary every ``interval`` steps; ``interval`` 0: there is none. ``whole_rows``: the
-    carry-over rule looks at whole rows of B, so that those cut between ranks are exchanged."""
+    compared at a boundary every ``interval`` steps, with those of dense parameters and of the solver's
+    ``moments`` of each; ``interval`` 0: there is none. ``whole_rows``: the carry-over rule looks at whole rows
+    of B, so that those cut between ranks are exchanged."""
 
     parameters: tuple[Parameter, ...]
     projections: int = 0
@@ -47,6 +48,7 @@ class Exchange:
     interval: int = 0
     local_steps: bool = False
     whole_rows: bool = False
+    moments: int = 2
 
     @classmethod
     def of(cls, model: nn.Module, config: RSOConfig) -> Exchange:
@@ -64,7 +66,8 @@ class Exchange:
             return cls(tuple(found))
         whole_rows = CARRY_OVER[config.carry_over].needs_whole_rows
         local_steps = config.communicate == "boundary"
-        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows)
+        moments = 2 if config.solver != "sgd" else 1 if config.momentum else 0
+        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows, moments)
 
     @property
     def trained(self) -> list[Parameter]:
@@ -258,9 +261,14 @@ def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
 
 
 def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:
-    """Minimum and maximum of one int64 for each P, and each W that several ranks hold."""
-    whole = layout.engine.kind == "ddp" or (layout.engine.kind == "zero" and layout.engine.stage < 3)
-    copies = exchange.weights if whole or layout.replicas > 1 else 0
+    """Minimum and maximum of one int64 for each P, and each tensor that several ranks hold."""
+    zero = layout.engine.kind == "zero"
+    copies = 0
+    if layout.replicas > 1 or layout.engine.kind == "ddp" or (zero and layout.engine.stage < 3):
+        copies = exchange.weights
+        if not exchange.local_steps:
+            copies += sum(1 for p in exchange.trained if p.group != 0)
+            copies += exchange.moments * len(exchange.trained) if not zero or layout.engine.stage == 0 else 0
     sent = 2 * 8 * (exchange.projections + copies)
     result = [Transfer("boundary", "all_reduce", "world", sent / exchange.interval, 2 / exchange.interval)]
     if layout.replicas > 1 and layout.shards > 1:

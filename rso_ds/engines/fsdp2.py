@@ -6,7 +6,7 @@ nothing. On a 2-D mesh (replicas, shards) each replica does the same work on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from rso_ds.engines.local_steps import average_
 from rso_ds.engines.replicated import ReplicatedShards, moments
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
+from rso_ds.optim.finite import gradients_finite
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
@@ -69,6 +70,9 @@ class FSDPShards(ReplicatedShards):
         super().step_apart(dense, momentum)
         self.replica, self.replicas = dist.get_rank(self._replicas), dist.get_world_size(self._replicas)
 
+    def finite(self, params: Iterable[Any]) -> bool:
+        return gradients_finite(params, self._shard_group)  # replicas on a 2-D mesh have averaged: they agree
+
     def begin_step(self) -> None:
         self._reshard()
 
@@ -107,10 +111,8 @@ class FSDPShards(ReplicatedShards):
             None if second is None else self.rows(second).view(-1),
         )
 
-    def replicated_weights(self) -> list[tuple[str, Tensor]]:
-        if self._replicas is None:
-            return []
-        return [(f"{name}.weight", self.rows(layer.weight)) for name, layer in self.layers.items()]
+    def replicated(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        return [] if self._replicas is None else super().replicated(dense)
 
     def model_part(self, param: Any) -> tuple[int, Tensor]:
         share = -(-param.shape[0] // self._shards)  # rows of all ranks but the last

@@ -69,6 +69,7 @@ class RSO(torch.optim.Optimizer):
         agree_on_setup(layers, config)
         groups = solver_groups(bare.parameters() if params is None else params, layers, {}, config)
         self.solver = build_solver(groups, config)
+        self.skipped_steps, self.step_was_applied = 0, False
         self.traffic = install()
         if config.proximal:
             self.solver.register_step_pre_hook(proximal_hook(config))
@@ -82,18 +83,34 @@ class RSO(torch.optim.Optimizer):
             raise RSOUnsupportedError("replicas= is for models that fully_shard has cut: leave it out.")
         else:
             self._shards = replicated_shards(model, layers, self.solver, config)
+        ids = {id(p) for group in self.param_groups if not group[IS_SUBSPACE] for p in group["params"]}
+        dense = {name: p for name, p in bare.named_parameters() if id(p) in ids}
         if config.communicate == "boundary":
-            dense = [p for group in self.param_groups if not group[IS_SUBSPACE] for p in group["params"]]
-            self._shards.step_apart(dense, config.outer_momentum)
-        self.boundary = Boundary(config, layers, self._shards, decays, where)
+            self._shards.step_apart(list(dense.values()), config.outer_momentum)
+        self.boundary = Boundary(config, layers, self._shards, decays, where, dense)
         self.boundary.materialize()
         self.boundary.check_replicas()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of the solver, and a subspace boundary when one is due.
+
+        A step with an infinite or NaN gradient on any rank is skipped on all, counted in ``skipped_steps``, and
+        does not count towards the interval; ``step_was_applied`` tells. (After local steps only the rank with
+        that gradient leaves its B as it was, for the boundary is due at the same time everywhere.)
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._shards.begin_step()
         lrs = [float(group["lr"]) for group in self.param_groups]
-        loss = self.solver.step(closure)
-        self.boundary.step_applied(lrs)
+        self.step_was_applied = self._shards.finite(p for group in self.param_groups for p in group["params"])
+        if self.step_was_applied:
+            self.solver.step()
+        else:
+            self.skipped_steps += 1
+        if self.step_was_applied or self._shards.replicas > 1:
+            self.boundary.step_applied(lrs)
         return loss
 
     def meet(self) -> None:

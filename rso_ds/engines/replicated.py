@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.local_steps import OuterMomentum, average_
 from rso_ds.engines.masters import WeightMasters
 from rso_ds.layers import SubspaceLayer, merged_weight
+from rso_ds.optim.finite import gradients_finite
 
 # Names under which solvers keep the moments of a parameter.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -91,6 +92,10 @@ class ReplicatedShards:
 
     def begin_step(self) -> None:
         """Called before the solver's step: drop gathered copies that would not see it."""
+
+    def finite(self, params: Iterable[Any]) -> bool:
+        """Whether the gradients of a step are finite, equally answered by all ranks that step together."""
+        return gradients_finite(params, agree=False)  # averaged, so equal, or each rank's own
 
     def begin(self) -> None: ...
 
@@ -194,8 +199,19 @@ class ReplicatedShards:
         for layer in self.layers.values():
             restart_step(self.solver.state.get(self.solver_key(layer.B), {}))
 
-    def replicated_weights(self) -> list[tuple[str, Tensor]]:
-        return [(f"{name}.weight", layer.weight) for name, layer in self.layers.items()]
+    def replicated(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        found = [(f"{name}.weight", self.rows(layer.weight)) for name, layer in self.layers.items()]
+        if self.replicas > 1:
+            return found  # between two boundaries all else is each replica's own
+        return found + [(name, self.rows(param)) for name, param in dense.items()] + self.replicated_moments(dense)
+
+    def replicated_moments(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        found = []
+        for name, param in {**{f"{n}.B": layer.B for n, layer in self.layers.items()}, **dense}.items():
+            part = self.solver_part(param)
+            moments = (("first", part.first), ("second", part.second))
+            found += [(f"the {which} moment of {name}", m) for which, m in moments if m is not None]
+        return found
 
     def whole(self, checksums: Tensor) -> Tensor:
         return checksums

@@ -46,7 +46,7 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    from rso_ds.engines.deepspeed import count_traffic
+    from rso_ds.engines.deepspeed import count_traffic, skip_nonfinite_steps
     from rso_ds.engines.deepspeed import initialize as initialize_rso
 
     stage = (ds_json.get("zero_optimization") or {}).get("stage", 0)
@@ -60,5 +60,6 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size:
     del keep_alive
     if not is_rso:
         count_traffic(engine)
+        skip_nonfinite_steps(engine)
         engine.checkpoints = NativeCheckpoints(engine)
     return engine

@@ -111,20 +111,31 @@ class TorchEngine:
             return
         if self.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
-        self.optimizer.step()
+        applied = self._step()
+        self.skipped_steps += not applied
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
+        if applied and self.scheduler is not None:
             self.scheduler.step()
+
+    def _step(self) -> bool:
+        """Whether the step was taken: one with infinite or NaN gradients is not."""
+        if not isinstance(self.optimizer, RSO):
+            if not self._places.finite(self.module.parameters()):
+                return False
+            self.optimizer.step()
+            return True
+        self.optimizer.step()
+        return self.optimizer.step_was_applied
 
     def _checkpointer(self) -> Checkpointer:
         extras = {} if self.scheduler is None else {"scheduler": self.scheduler}
         if isinstance(self.optimizer, RSO):
             return self.optimizer.checkpointer({"engine": self}, **extras)
         if self.kind == "ddp":
-            places = ReplicatedShards({}, self.optimizer, next(self.module.parameters()).device)
+            self._places = ReplicatedShards({}, self.optimizer, next(self.module.parameters()).device)
         else:
-            places = FSDPShards(self._wrapped, {}, self.optimizer, RSOConfig())
-        return Checkpointer(TrainingState(self.module, places, None), extras, {"engine": self})
+            self._places = FSDPShards(self._wrapped, {}, self.optimizer, RSOConfig())
+        return Checkpointer(TrainingState(self.module, self._places, None), extras, {"engine": self})
 
     def state_dict(self) -> dict[str, Any]:
         """What the engine itself counts."""

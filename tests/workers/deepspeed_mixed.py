@@ -221,14 +221,33 @@ def patched():
     return {"rso": result, "adamw_untouched": not hasattr(engine, "rso")}
 
 
-def divergence():
-    """A replica of W that drifted must be noticed at the next boundary, on every rank."""
-    engine = engine_of(case(1))
+def divergence(stage, change):
+    """A replica that drifted must be noticed at the next boundary, on every rank."""
+    engine = engine_of(case(stage))
     steps(engine, 0, 1)
     if dist.get_rank() == 1:
         with torch.no_grad():
-            engine.module.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+            change(engine)
     return message_of(lambda: steps(engine, 1, 6))
+
+
+def drift_w(engine):
+    engine.module.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+
+
+def drift_dense(engine):
+    engine.module.model.embed_tokens.weight[-1, 0] += 1e-3
+
+
+def drift_moment(engine):
+    engine.optimizer.state[engine.module.lm_head.weight]["exp_avg_sq"][0, 0] += 1e-3
+
+
+def nonfinite(stage):
+    """In fp32, the loss of one rank is infinite at two steps: both ranks must leave those out."""
+    engine = engine_of(case(stage))
+    bad = float("inf") if dist.get_rank() == 1 else 1.0
+    return finish(engine, steps(engine, 0, STEPS, lambda step: bad if step in FORCED else 1.0))
 
 
 def overflow(stage, **rso):
@@ -242,6 +261,7 @@ for stage in range(4):
     JOBS[f"bf16-zero{stage}"] = lambda s=stage: train(case(s, **BF16))
     JOBS[f"bf16-zero{stage}-stochastic"] = lambda s=stage: train(case(s, {"merge_rounding": "stochastic"}, **BF16))
     JOBS[f"fp16-zero{stage}"] = lambda s=stage: overflow(s)
+    JOBS[f"nonfinite-zero{stage}"] = lambda s=stage: nonfinite(s)
     JOBS[f"resume-zero{stage}"] = lambda s=stage: resume(case(s, {"carry_over": "project"}), str(OUT / f"ck{s}"), 7)
     JOBS[f"autocast-zero{stage}"] = lambda s=stage: train(case(s, **AUTOCAST))
     JOBS[f"bf16-zero{stage}-masters"] = lambda s=stage: train(
@@ -256,7 +276,9 @@ JOBS["bf16-zero1-fp32_accum"] = lambda: train(case(1, data_types={"grad_accum_dt
 JOBS["resume-bf16-zero3"] = lambda: resume(case(3, **BF16), str(OUT / "ckbf"), 7)
 JOBS["foreign"] = lambda: foreign_checkpoints(OUT / "foreign")
 JOBS["refusals"] = refusals
-JOBS["divergence"] = divergence
+JOBS["divergence-w"] = lambda: divergence(1, drift_w)
+JOBS["divergence-dense"] = lambda: divergence(2, drift_dense)
+JOBS["divergence-moment"] = lambda: divergence(0, drift_moment)
 JOBS["patched"] = patched  # last: it changes deepspeed.initialize for the process
 
 # DeepSpeed asks oneDNN whether this CPU has fast fp16; torch computes fp16 on any CPU.

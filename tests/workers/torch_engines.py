@@ -71,7 +71,7 @@ def run(spec):
                 model.set_requires_gradient_sync(last)
             with sync:
                 loss = tiny_llama.loss_of(model, micro) / spec["gas"]
-                loss.backward()
+                (loss * (float("inf") if step in spec["poisoned"] and rank == 1 else 1.0)).backward()
             total += loss.item()
         if spec["evaluate"]:  # between backward and step it leaves FSDP2's root gathered
             with torch.no_grad():

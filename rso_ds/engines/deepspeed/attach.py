@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from rso_ds.boundary import Boundary
 from rso_ds.comm.counter import BACKWARD, install
@@ -16,6 +17,7 @@ from rso_ds.engines.deepspeed.saving import hook_checkpoints
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
+from rso_ds.optim.finite import gradients_finite
 from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
 
 
@@ -28,15 +30,39 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     solver = shards.solver
     groups = solver.param_groups
     assert all(groups[i][IS_SUBSPACE] for i in where)
-    boundary = Boundary(config, dict(layers), shards, [groups[i][W_DECAY] for i in where], where)
+    ours = {id(layer.B) for layer in layers.values()}
+    dense = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and id(p) not in ours}
+    boundary = Boundary(config, dict(layers), shards, [groups[i][W_DECAY] for i in where], where, dense)
     boundary.materialize()
     boundary.check_replicas()
     if config.proximal:
         solver.register_step_pre_hook(proximal_hook(config))
     scale_loss_at_stage_0(engine)
+    skip_nonfinite_steps(engine)
     _hook_step(engine, boundary, solver)
     engine.checkpoints = hook_checkpoints(engine, shards, boundary)
     return boundary
+
+
+def skip_nonfinite_steps(engine: Any) -> None:
+    """Let ``engine`` skip steps with infinite or NaN gradients in every precision, as it does fp16 overflows.
+
+    ZeRO-3 and the 16-bit optimizers without ZeRO check of themselves; ZeRO-1 and 2 only in 16 bit unless told to;
+    a plain torch optimizer (stage 0 in fp32) never.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_grad_overflow = True
+    elif isinstance(optimizer, torch.optim.Optimizer) and engine.torch_autocast_z0_gradscaler is None:
+        inner = optimizer.step
+
+        @wraps(inner)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.overflow = not gradients_finite(params, agree=False)  # type: ignore[attr-defined]
+            return None if optimizer.overflow else inner(*args, **kwargs)  # type: ignore[attr-defined]
+
+        optimizer.step = step  # type: ignore[method-assign]
 
 
 def count_traffic(engine: Any) -> None:

@@ -83,6 +83,11 @@ class FlatShards(ReplicatedShards):
         at = [i * flat.piece - begin for i in range(1, flat.pieces)]
         return [c for c in at if 0 < c < layer.B.numel()]
 
+    def replicated_moments(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+        if any(flat.pieces > 1 for flat in self._group_of.values()):
+            return []
+        return super().replicated_moments(dense)
+
     def restart_step(self) -> None:
         for flat in {id(f): f for f in (self._group_of[id(x.B)] for x in self.layers.values())}.values():
             restart_step(self.solver.state.get(flat.master, {}))

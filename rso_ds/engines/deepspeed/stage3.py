@@ -90,7 +90,7 @@ class Stage3Shards(ReplicatedShards):
         for flat in {id(f): f for f, _ in (self._masters[id(x.B)] for x in self.layers.values())}.values():
             restart_step(self.solver.state.get(flat, {}))
 
-    def replicated_weights(self) -> list[tuple[str, Tensor]]:
+    def replicated(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         return []
 
     def model_part(self, param: Any) -> tuple[int, Tensor]:
