@@ -139,6 +139,7 @@ FOREIGN = {
     "other solver": "was trained with solver 'sgd', this run has 'adamw'",
     "other dtype": "is of another model or precision: 'model.embed_tokens.weight' is [shape, dtype, trainable]",
     "without RSO": "was saved without RSO: resume with the same optimizer",
+    "zero_to_fp32": "1: These are checkpoints of rso_ds, from which zero_to_fp32 would lose B P^T",
     "save_16bit_model": "would write W without the current B P^T",
     "exclude_frozen": "exclude_frozen_parameters would lose the training",
 }
@@ -189,6 +190,7 @@ def test_refusals(ranks, name):
     ("what", "name"),
     [
         ("w", "model.layers.1.mlp.up_proj.weight (1 of"),
+        ("w2", "model.layers.1.mlp.up_proj.weight (1 of"),
         ("dense", "model.embed_tokens.weight (1 of"),
         ("moment", "lm_head.weight ("),
     ],

@@ -39,6 +39,8 @@ MESSAGES = {
     "unequal configuration": "ranks disagree on the RSO configuration",
     "unequal code": "ranks disagree on the code of rso_ds: 0000000000000000 on rank 0, 0000000000000001 on rank 1",
     "unequal weights": "ranks hold different bits of model.layers.1.mlp.up_proj.weight",
+    "drifted under ddp": "ranks hold different bits of model.embed_tokens.weight (1 of",
+    "drifted under hsdp": "ranks hold different bits of lm_head.weight (",
     "to_dense under fsdp2": "use rso_ds.checkpoint.dense_state_dict or save_dense",
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -157,6 +158,8 @@ def foreign_checkpoints(folder):
         found[name] = message_of(lambda name=name: engine.load_checkpoint(str(folder), tag=name))
     found["exclude_frozen"] = message_of(lambda: engine.save_checkpoint(str(folder), exclude_frozen_parameters=True))
     after = engine.module.state_dict()
+    script = subprocess.run([sys.executable, str(folder / "zero_to_fp32.py"), "a", "b"], capture_output=True, text=True)
+    found["zero_to_fp32"] = f"{script.returncode}: {script.stderr}"
     found["save_16bit_model"] = message_of(lambda: engine.save_16bit_model(str(folder)))
     found["untouched"] = all(torch.equal(before[n], after[n]) for n in before)
     return found
@@ -277,7 +280,8 @@ JOBS["resume-bf16-zero3"] = lambda: resume(case(3, **BF16), str(OUT / "ckbf"), 7
 JOBS["foreign"] = lambda: foreign_checkpoints(OUT / "foreign")
 JOBS["refusals"] = refusals
 JOBS["divergence-w"] = lambda: divergence(1, drift_w)
-JOBS["divergence-dense"] = lambda: divergence(2, drift_dense)
+JOBS["divergence-w2"] = lambda: divergence(2, drift_w)
+JOBS["divergence-dense"] = lambda: divergence(0, drift_dense)
 JOBS["divergence-moment"] = lambda: divergence(0, drift_moment)
 JOBS["patched"] = patched  # last: it changes deepspeed.initialize for the process
 

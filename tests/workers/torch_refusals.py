@@ -148,6 +148,32 @@ def mixed_dtypes():
     rso_ds.RSO(fully_shard(model), CONFIG)
 
 
+def drifted(wrap, change):
+    """Rank 1 changes something after the first step; the boundary at the second must notice."""
+    model = wrap(converted())
+    optimizer = rso_ds.RSO(model, CONFIG)
+    for step in range(2):
+        tiny_llama.loss_of(model, tiny_llama.tokens(step, 2)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 1 and step == 0:
+            with torch.no_grad():
+                change(model, optimizer)
+
+
+def drift_dense(model, optimizer):
+    model.module.model.embed_tokens.weight[0, 0] += 1e-3
+
+
+def drift_moment(model, optimizer):
+    optimizer.state[model.lm_head.weight]["exp_avg_sq"]._local_tensor[0, 0] += 1e-3
+
+
+def replicas(model):
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    return fully_shard(model, mesh=mesh)
+
+
 def half_a_mesh():
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
     rso_ds.RSO(sharded(mesh=mesh["shards"]), CONFIG)
@@ -238,6 +264,8 @@ REFUSED = {
     "unequal configuration": unequal_config,
     "unequal code": unequal_code,
     "unequal weights": unequal_weights,
+    "drifted under ddp": lambda: drifted(DistributedDataParallel, drift_dense),
+    "drifted under hsdp": lambda: drifted(replicas, drift_moment),
     "to_dense under fsdp2": lambda: rso_ds.to_dense(sharded()),
 }
 
