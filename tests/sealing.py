@@ -9,4 +9,5 @@ from rso_ds.checkpoint.folder import MANIFEST, digests, write_manifest
 
 def reseal(path: Path) -> None:
     """Write the manifest of the checkpoint ``path`` anew, for the files as they are."""
-    write_manifest(path, digests(path, [p.name for p in path.iterdir() if p.name != MANIFEST]))
+    names = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST]
+    write_manifest(path, digests(path, names))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from rso_ds.checkpoint.folder import Retention
+from rso_ds.checkpoint.model_files import write_model_files
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors, load_pieces, save_pieces
 from rso_ds.checkpoint.training_state import TrainingState
@@ -50,12 +51,15 @@ class Checkpointer:
         wait: bool = True,
         keep: Retention | None = None,
         score: float | None = None,
+        model_files: Callable[[Path], None] | None = None,
     ) -> None:
         """Save the run as ``folder/tag`` and make it the latest. Call it between optimizer steps.
 
         ``client_state``: numbers, texts, tensors and containers of them. With ``wait`` False the state is copied
         to host memory and written by a thread while training goes on; the next ``save`` or ``wait`` waits for it
         and raises what it raised. ``keep`` limits how many checkpoints stay, the best by ``score`` among them.
+        ``model_files`` is called on rank 0 with a folder of the checkpoint, into which it may write a tokenizer;
+        a Hugging Face model's config.json is there already. ``rso-ds export`` takes both along.
 
         Raises ``RSOCheckpointError`` on every rank if any of them cannot write (a full disk); the checkpoints
         that were there before stay as they were.
@@ -71,6 +75,11 @@ class Checkpointer:
             group = self._group
             pieces = {n: Piece(p.shape, p.start, p.flat.to("cpu", copy=True)) for n, p in pieces.items()}
 
+        def describe_model(path: Path) -> None:
+            write_model_files(self._state.module, path)
+            if model_files is not None:
+                model_files(path)
+
         def write() -> Path:
             return write_checkpoint(
                 Path(folder),
@@ -80,6 +89,7 @@ class Checkpointer:
                 extra,
                 keep or Retention(),
                 group,
+                describe_model,
             )
 
         if self._thread is not None and not wait:

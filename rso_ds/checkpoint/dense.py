@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rso_ds.errors import RSOUnsupportedError
-from rso_ds.layers import SubspaceLayer, dense_layer
+from rso_ds.layers import SubspaceLayer, dense_layer, rso_layers
 from rso_ds.layers.partitioned import gathered, whole
 
 
@@ -40,6 +40,28 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
             if copy is not None:
                 state[prefix + name] = copy
     return state
+
+
+def dense_description(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What has to be known, beside the tensors, to make ``dense_state_dict`` of them without ``model``.
+
+    layers   RSO layer -> ["linear", "conv1d" or "embedding", dtype of the P that the last forward pass used]
+    tied     further name of a tensor -> [the name under which ``named_parameters`` has it, whether
+             transformers ties the two by itself when it loads the model]
+    """
+    layers = {}
+    for name, layer in rso_layers(model):
+        p = layer.subspace.P
+        dtype = p.dtype if p is not None and p.is_floating_point() else layer.weight.dtype
+        layers[name] = [layer.kind, str(dtype).removeprefix("torch.")]
+    declared = getattr(model, "all_tied_weights_keys", {})
+    first = {id(param): name for name, param in model.named_parameters()}
+    tied = {
+        name: [first[id(param)], declared.get(name) == first[id(param)]]
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if first[id(param)] != name
+    }
+    return {"layers": layers, "tied": tied}
 
 
 def save_dense(model: nn.Module, folder: str | Path, rank: int = 0) -> None:

@@ -5,6 +5,7 @@
         step1000/              the folder of one tag
             manifest.json      size and SHA-256 of every other file
             rso_state.json     see rso_ds.checkpoint.state
+            hf/                config.json and tokenizer of the model, for rso-ds export
             extra.pt           client state, schedule, counters of the engine (torch.load, weights_only)
             .metadata, *.distcp   the tensors, written by torch.distributed.checkpoint
         .step2000.saving/      what a crash left behind: removed when the next save begins
@@ -67,7 +68,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
                 f"{path}, seen by rank 0, is not visible to another rank: the checkpoint folder must be on a file"
                 " system that all nodes share."
             )
-        _sync(path)
+        sync(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return entries
 
@@ -82,13 +83,15 @@ def commit(temporary: Path, entries: Mapping[str, Mapping[str, Any]]) -> Path:
     write_manifest(temporary, entries)
     folder, tag = temporary.parent, temporary.name.removeprefix(".").removesuffix(".saving")
     final = folder / tag
-    _sync(temporary)
+    for inner in (p for p in temporary.rglob("*") if p.is_dir()):
+        sync(inner)
+    sync(temporary)
     if final.exists():
         os.replace(final, folder / f".{tag}.removing")
     os.replace(temporary, final)
-    _sync(folder)
+    sync(folder)
     write_text(folder / LATEST, tag)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(folder / f".{tag}.removing", ignore_errors=True)
     return final
 
@@ -207,7 +210,7 @@ def _digest_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

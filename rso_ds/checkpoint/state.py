@@ -4,6 +4,7 @@
     rso           the boundary's: draw index, applied steps, decay since the boundary, seed, sampler, interval, layers
     solver        "adamw", "adam", "sgd", or the class of a solver without RSO
     parameters    name -> [shape, dtype at rest, trainable]
+    dense         what becomes of them in the dense model: rso_ds.checkpoint.dense.dense_description
     steps         name -> the solver's step count
     lrs           of the solver's groups
     replicas      copies of the trainable parameters, above 1 where ranks step apart

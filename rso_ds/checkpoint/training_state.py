@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rso_ds.boundary import Boundary, SolverShard
+from rso_ds.checkpoint.dense import dense_description
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors
 from rso_ds.errors import RSOCheckpointError, RSOUnsupportedError
@@ -68,6 +69,7 @@ class TrainingState:
             "rso": None if self.boundary is None else self.boundary.state_dict(),
             "solver": type(solver).__name__ if self.boundary is None else self.boundary.config.solver,
             "parameters": self._parameters(),
+            "dense": dense_description(self.module),
             "steps": {name: step for name, step in steps.items() if step is not None},
             "lrs": [float(group["lr"]) for group in solver.param_groups],
             "replicas": self.places.replicas,

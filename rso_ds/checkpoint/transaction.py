@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rso_ds.checkpoint import folder as folders
 from rso_ds.checkpoint.folder import Retention
+from rso_ds.checkpoint.model_files import MODEL_FILES
 from rso_ds.checkpoint.state import read_state, write_state
 from rso_ds.errors import RSOCheckpointError, RSOError
 
@@ -29,8 +30,10 @@ def write_checkpoint(
     extra: bytes,
     keep: Retention,
     group: Any = None,
+    model_files: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Make ``folder/tag`` of what ``write`` puts into a folder on all ranks, of ``state`` and ``extra``.
+    """Make ``folder/tag`` of what ``write`` puts into a folder on all ranks, of ``state`` and ``extra``, and of
+    what ``model_files`` puts into a subfolder on rank 0.
 
     Raises ``RSOCheckpointError`` on every rank if any of them fails; what was there before stays as it was.
     """
@@ -45,6 +48,8 @@ def write_checkpoint(
                 return []
             write_state(temporary, state)
             (temporary / EXTRA_FILE).write_bytes(extra)
+            if model_files is not None:
+                _write_model_files(model_files, temporary / MODEL_FILES)
             return sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
 
         names = _gathered(agreed(rest, group), group)[0]
@@ -56,6 +61,16 @@ def write_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder / tag
+
+
+def _write_model_files(write: Callable[[Path], None], folder: Path) -> None:
+    folder.mkdir()
+    try:
+        write(folder)
+    except Exception as error:  # the other ranks must hear of it, whatever a tokenizer raises
+        raise RSOCheckpointError(
+            f"the files that describe the model cannot be written: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _finish(folder: Path, temporary: Path, entries: dict[str, dict[str, Any]], keep: Retention) -> None:

@@ -63,6 +63,7 @@ class RSOEmbedding(SubspaceLayer):
         B: nn.Parameter | None = None,
     ) -> None:
         super().__init__(weight, None, in_features, out_features, subspace, B)
+        self.kind = "embedding"
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:

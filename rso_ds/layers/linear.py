@@ -30,7 +30,7 @@ class RSOLinear(SubspaceLayer):
     ) -> None:
         super().__init__(weight, bias, in_features, out_features, subspace, B)
         self.shared_input = SharedInput(1) if shared_input is None else shared_input
-        self.conv1d = conv1d
+        self.kind = "conv1d" if conv1d else "linear"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -44,7 +44,7 @@ class RSOLinear(SubspaceLayer):
 
     def stock(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         linear: nn.Module
-        if self.conv1d:
+        if self.kind == "conv1d":
             from transformers.pytorch_utils import Conv1D
 
             linear = Conv1D(self.out_features, self.in_features)

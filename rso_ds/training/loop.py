@@ -170,6 +170,7 @@ class Job:
                 {"step": step, "run": self._identity()},
                 keep=Retention(self.args.keep_last, self.args.keep_best),
                 score=score,
+                model_files=self.tokenizer.save_pretrained,
                 **background,
             )
 

@@ -33,13 +33,14 @@ class NativeCheckpoints:
         *,
         keep: Retention | None = None,
         score: float | None = None,
+        model_files: Callable[[Path], None] | None = None,
     ) -> None:
         def write(path: Path) -> None:
             self._engine.save_checkpoint(str(path), tag=_TAG)
 
         extra = agreed(lambda: serialized({"client": dict(client_state or {})}))
         state = {"rso": None, "native": self._binds, "score": score}
-        write_checkpoint(Path(folder), tag, write, state, extra, keep or Retention())
+        write_checkpoint(Path(folder), tag, write, state, extra, keep or Retention(), None, model_files)
 
     def wait(self) -> None:
         """Saves are complete when ``save`` returns."""

@@ -1,0 +1,126 @@
+"""A checkpoint into an ordinary Hugging Face model, offline and tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rso_ds.checkpoint.folder import MANIFEST, sync
+from rso_ds.checkpoint.model_files import copy_model_files, model_files
+from rso_ds.checkpoint.stored_model import StoredModel
+from rso_ds.checkpoint.weights_file import Entry, write_weights
+from rso_ds.errors import RSOCheckpointError, RSOConfigError
+
+SHARD_SIZE = 5 * 10**9
+Progress = Callable[[int, int], None]  # (number of the tensor that comes next, of how many)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: ``config`` is the content of config.json."""
+
+    tensors: int
+    bytes: int
+    files: list[str]
+    dtype: torch.dtype
+    config: dict[str, Any]
+
+
+def export_dense(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = SHARD_SIZE,
+    config: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the model of ``checkpoint`` as a folder ``out`` that ``from_pretrained`` loads without rso_ds.
+
+    Weights are W + B P^T, computed in fp32 and rounded once to W's dtype, equal bit for bit to
+    ``dense_state_dict`` of the training model on a CPU; ``dtype`` converts them afterwards. Memory: a few times
+    the largest tensor. ``config``: folder with config.json and tokenizer, for a checkpoint without them.
+    ``progress`` is called before every tensor.
+
+    Raises ``RSOCheckpointError`` for a damaged checkpoint, one of DeepSpeed's own, and a full disk;
+    ``RSOConfigError`` if ``out`` is not empty or there is no config.json. ``out`` appears whole or not at all.
+    """
+    with new_folder(Path(out)) as folder:
+        model = StoredModel(Path(checkpoint))
+        return write_model(model, folder, True, dtype, max_shard_size, config, progress)
+
+
+def write_model(
+    model: StoredModel,
+    folder: Path,
+    merged: bool,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+    config: str | Path | None,
+    progress: Progress | None,
+) -> Exported:
+    """Weights, config.json and tokenizer into ``folder``; ``merged`` False leaves B P^T out of the weights."""
+    files = model_files(model.path, None if config is None else Path(config))
+    names = model.names()
+    floating = next((model.dtype(n) for n in names if model.dtype(n).is_floating_point), torch.float32)
+    entries = [Entry(n, model.shape(n), converted_dtype(model.dtype(n), dtype)) for n in names]
+
+    done = 0
+
+    def value(name: str) -> Tensor:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(entries))
+        return converted(model.value(name, merged), name, dtype)
+
+    written = write_weights(folder, entries, value, max_shard_size)
+    kind = converted_dtype(floating, dtype)
+    content = copy_model_files(files, folder, str(kind).removeprefix("torch."))
+    return Exported(len(entries), sum(e.bytes for e in entries), written, kind, content)
+
+
+def converted_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """``wanted`` for floating-point tensors, if there is a wish."""
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
+def converted(tensor: Tensor, name: str, wanted: torch.dtype | None) -> Tensor:
+    """``tensor`` in ``converted_dtype``. Raises ``RSOConfigError`` if that cannot hold its values."""
+    result = tensor.to(converted_dtype(tensor.dtype, wanted))
+    if wanted == torch.float16 and result.is_floating_point() and (result.isinf() & ~tensor.isinf()).any():
+        raise RSOConfigError(
+            f"--dtype fp16: '{name}' reaches {tensor.abs().max():.3g}, beyond what fp16 holds: use bf16 or fp32."
+        )
+    return result
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder of another name that becomes ``out`` when the block ends well, and is removed when it does not."""
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RSOConfigError(f"{out} exists and is not empty: name a new folder, or empty it.")
+    if any((parent / MANIFEST).is_file() for parent in out.parents):
+        raise RSOConfigError(f"{out} lies inside a checkpoint, which would count as damaged then: name another place.")
+    temporary = out.with_name(f".{out.name}.exporting")
+    try:
+        if temporary.exists():  # a crash left it
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, out)
+        sync(out.parent)
+    except OSError as error:
+        raise RSOCheckpointError(f"{out} was not written: {type(error).__name__}: {error}.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
