@@ -62,7 +62,9 @@ class TrainingState:
     # -- plain values --------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Ints, floats, strings and lists of them, equal on all ranks."""
+        """Ints, floats, strings and lists of them, equal on all ranks, which call this together."""
+        self.places.begin()  # FSDP2's root may still be gathered, in the dtype that it computes in
+        self.places.end()
         solver = self.places.solver
         steps = {name: self.places.solver_step(p) for name, p in self._trainable()}
         return {
