@@ -24,7 +24,7 @@ CASES = {
     "zero3-bf16": case("deepspeed", {"share_projection": "shape"}, stage=3, json=BF16),
     "fsdp2": case("fsdp2", TOKENS),
     "fsdp2-tied": case("fsdp2", TOKENS, tie=True),
-    "fsdp2-bf16": case("fsdp2", precision="bf16"),
+    "fsdp2-bf16": case("fsdp2", TOKENS, precision="bf16"),
     "ddp": case("ddp"),
     "ddp-local": case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}),
 }

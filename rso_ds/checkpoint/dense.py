@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer, dense_layer, rso_layers
@@ -20,6 +21,9 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     Names and shapes are those of the model before conversion. Under ZeRO-3 and FSDP2 all ranks must
     call this together; one module is gathered at a time. Ranks with ``keep`` False take part and return {}.
     """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()  # after an evaluation the root is gathered still, in the dtype that it computes in
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor | None] = {}  # by the id of the model's own tensor: what is tied stays one tensor
     for module_name, module in model.named_modules(remove_duplicate=False):
