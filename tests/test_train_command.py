@@ -9,8 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("deepspeed")
+from safetensors.torch import load_file
 from train_workspace import REAL_TEXT, SAVE, STEPS, Workspace
 
+from rso_ds.cli import main
 from rso_ds.training.distributed import Place
 from rso_ds.training.evaluation import held_out_loss
 
@@ -101,6 +103,19 @@ def test_resume_continues_to_the_same_weights(space, finished):
     assert all(torch.equal(w, expected[n]) for n, w in space.model("again").state_dict().items())
 
 
+def test_exported_checkpoint_is_the_model_that_the_run_saved(space, finished, capsys):
+    out = space.folder / "exported"
+    main(["export", str(space.folder / "full" / "checkpoints"), str(out)])
+    assert "float32, in 1 file" in capsys.readouterr().out
+    model = space.folder / "full" / "model"
+    assert {p.name for p in out.iterdir()} == {p.name for p in model.iterdir()}
+    assert (out / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
+    assert json.loads((out / "config.json").read_text()) == json.loads((model / "config.json").read_text())
+    expected, found = (load_file(folder / "model.safetensors") for folder in (model, out))
+    assert set(found) == set(expected)
+    assert all(torch.equal(w, expected[n]) for n, w in found.items())
+
+
 def test_zero3_from_a_checkpoint_folder_with_bf16_offload(space, finished):
     """Fine-tune the model just saved: from_pretrained under zero.Init, offload, bf16."""
     done = space.run(
@@ -119,6 +134,9 @@ def test_adamw_json_trains_densely_with_the_same_command(space):
     assert done.returncode == 0, done.stderr[-3000:]
     assert space.metrics("adamw")[-1]["val_loss"] < space.metrics("adamw")[0]["val_loss"]
     assert "draw" not in space.metrics("adamw")[-1]
+    with pytest.raises(SystemExit, match="RSOCheckpointError: .* of ZeRO stage 2: run DeepSpeed's own converter"):
+        main(["export", str(space.folder / "adamw" / "checkpoints"), str(space.folder / "adamw-exported")])
+    assert (space.folder / "adamw" / "checkpoints" / f"step{STEPS}" / "zero_to_fp32.py").is_file()
 
 
 def error_of(done) -> str:

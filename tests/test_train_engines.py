@@ -13,7 +13,11 @@ import time
 import pytest
 
 pytest.importorskip("deepspeed")
+import torch
+from safetensors.torch import load_file
 from train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
+
+from rso_ds.checkpoint.export import export_dense
 
 LOCAL = ["--set", "optimizer.params.communicate=boundary", "--set", "optimizer.params.outer_momentum=0.3"]
 RUNS = {
@@ -85,6 +89,14 @@ def test_resumes_exactly(space, finished, name):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert losses(space, copy) == losses(space, name)
     assert space.metrics(copy)[-1]["val_loss"] == space.metrics(name)[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("name", ["ddp-local", "ddp-adamw", "fsdp2-bf16"])
+def test_exported_checkpoint_is_the_model_that_the_run_saved(space, finished, name):
+    export_dense(space.folder / name / "checkpoints", space.folder / f"{name}-exported")
+    expected, found = (load_file(space.folder / f / "model.safetensors") for f in (f"{name}/model", f"{name}-exported"))
+    assert set(found) == set(expected)
+    assert all(w.dtype == expected[n].dtype and torch.equal(w, expected[n]) for n, w in found.items())
 
 
 def test_foreign_checkpoints_are_refused(space, finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Checkpointer:
         wait: bool = True,
         keep: Retention | None = None,
         score: float | None = None,
-        model_files: Callable[[Path], None] | None = None,
+        model_files: Callable[[Path], object] | None = None,
     ) -> None:
         """Save the run as ``folder/tag`` and make it the latest. Call it between optimizer steps.
 
@@ -75,11 +76,6 @@ class Checkpointer:
             group = self._group
             pieces = {n: Piece(p.shape, p.start, p.flat.to("cpu", copy=True)) for n, p in pieces.items()}
 
-        def describe_model(path: Path) -> None:
-            write_model_files(self._state.module, path)
-            if model_files is not None:
-                model_files(path)
-
         def write() -> Path:
             return write_checkpoint(
                 Path(folder),
@@ -89,7 +85,7 @@ class Checkpointer:
                 extra,
                 keep or Retention(),
                 group,
-                describe_model,
+                partial(write_model_files, self._state.module, model_files),
             )
 
         if self._thread is not None and not wait:

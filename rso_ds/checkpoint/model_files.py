@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def write_model_files(module: nn.Module, folder: Path) -> None:
-    """Write config.json and generation_config.json of a Hugging Face model; nothing for any other module."""
+def write_model_files(module: nn.Module, more: Callable[[Path], object] | None, folder: Path) -> None:
+    """Write config.json and generation_config.json of a Hugging Face model, and whatever ``more(folder)`` writes."""
+    _write_config(module, folder)
+    if more is not None:
+        more(folder)
+
+
+def _write_config(module: nn.Module, folder: Path) -> None:
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_json_file"):
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rso_ds.checkpoint import folder as folders
+from rso_ds.checkpoint.model_files import MODEL_FILES
 from rso_ds.checkpoint.state import STATE_FILE, read_state
 from rso_ds.checkpoint.storage import StoredTensors
 from rso_ds.errors import RSOCheckpointError
@@ -44,9 +45,13 @@ class StoredModel:
         folders.verify(self.path)
         self.state = read_state(self.path)
         if "native" in self.state:
+            how = f"run DeepSpeed's own converter, python {self.path / 'zero_to_fp32.py'} {self.path} OUT"
+            if self.state["native"]["stage"] == 0:
+                file = self.path / "deepspeed" / "mp_rank_00_model_states.pt"
+                how = f"the weights are the entry 'module' of {file}"
             raise RSOCheckpointError(
-                f"{self.path} holds DeepSpeed's own files, of a run without RSO: convert them with DeepSpeed, python"
-                f" {self.path / 'zero_to_fp32.py'} {self.path} OUT."
+                f"{self.path} holds DeepSpeed's own files, of a run without RSO and of ZeRO stage"
+                f" {self.state['native']['stage']}: {how}. config.json and tokenizer are in {self.path / MODEL_FILES}."
             )
         missing = {"rso", "parameters", "replicas", "dense"} - set(self.state)
         if missing:

@@ -30,7 +30,7 @@ def write_checkpoint(
     extra: bytes,
     keep: Retention,
     group: Any = None,
-    model_files: Callable[[Path], None] | None = None,
+    model_files: Callable[[Path], object] | None = None,
 ) -> Path:
     """Make ``folder/tag`` of what ``write`` puts into a folder on all ranks, of ``state`` and ``extra``, and of
     what ``model_files`` puts into a subfolder on rank 0.
@@ -63,7 +63,7 @@ def write_checkpoint(
     return folder / tag
 
 
-def _write_model_files(write: Callable[[Path], None], folder: Path) -> None:
+def _write_model_files(write: Callable[[Path], object], folder: Path) -> None:
     folder.mkdir()
     try:
         write(folder)

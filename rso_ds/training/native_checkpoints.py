@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from rso_ds.checkpoint.folder import Retention
+from rso_ds.checkpoint.model_files import write_model_files
 from rso_ds.checkpoint.transaction import agreed, read_checkpoint, serialized, write_checkpoint
 from rso_ds.errors import RSOCheckpointError
 
@@ -33,14 +35,15 @@ class NativeCheckpoints:
         *,
         keep: Retention | None = None,
         score: float | None = None,
-        model_files: Callable[[Path], None] | None = None,
+        model_files: Callable[[Path], object] | None = None,
     ) -> None:
         def write(path: Path) -> None:
             self._engine.save_checkpoint(str(path), tag=_TAG)
 
         extra = agreed(lambda: serialized({"client": dict(client_state or {})}))
         state = {"rso": None, "native": self._binds, "score": score}
-        write_checkpoint(Path(folder), tag, write, state, extra, keep or Retention(), None, model_files)
+        describe = partial(write_model_files, self._engine.module, model_files)
+        write_checkpoint(Path(folder), tag, write, state, extra, keep or Retention(), None, describe)
 
     def wait(self) -> None:
         """Saves are complete when ``save`` returns."""
