@@ -47,8 +47,9 @@ def export_dense(
 
     Weights are W + B P^T, computed in fp32 and rounded once to W's dtype: those of ``dense_state_dict``, bit for
     bit on the kind of device and number of CPU threads that trained; elsewhere LAPACK rounds the P of ``haar``
-    otherwise in its last digit. ``dtype`` converts them afterwards. Memory: a few times the largest tensor. ``config``: folder with config.json and tokenizer, for a checkpoint without them.
-    ``progress`` is called before every tensor.
+    otherwise in its last digit. ``dtype`` converts them afterwards. Memory: a few times the largest tensor.
+    ``config``: folder with config.json and tokenizer, for a checkpoint without them. ``progress`` is called
+    before every tensor.
 
     Raises ``RSOCheckpointError`` for a damaged checkpoint, one of DeepSpeed's own, and a full disk;
     ``RSOConfigError`` if ``out`` is not empty or there is no config.json. ``out`` appears whole or not at all.
