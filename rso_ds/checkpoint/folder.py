@@ -40,6 +40,16 @@ class Retention:
     best: int = 0
 
 
+def recover(folder: Path) -> None:
+    """Bring back a checkpoint that was being replaced by one of the same tag when a crash came between the two."""
+    for old in folder.glob(".*.replaced"):
+        final = folder / old.name.removeprefix(".").removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, final)
+
+
 def check_tag(tag: str) -> str:
     """Raise ``RSOConfigError`` for a tag that is no plain folder name."""
     if not tag or tag.startswith(".") or Path(tag).name != tag or tag == LATEST:
@@ -50,6 +60,7 @@ def check_tag(tag: str) -> str:
 def begin(folder: Path, tag: str) -> Path:
     """Make the folder into which the files of ``tag`` are to be written, and remove what crashes left behind."""
     folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     for entry in folder.iterdir():
         if entry.name.startswith(".") and entry.suffix in (".saving", ".removing"):
             shutil.rmtree(entry)
@@ -87,12 +98,12 @@ def commit(temporary: Path, entries: Mapping[str, Mapping[str, Any]]) -> Path:
         sync(inner)
     sync(temporary)
     if final.exists():
-        os.replace(final, folder / f".{tag}.removing")
+        os.replace(final, folder / f".{tag}.replaced")
     os.replace(temporary, final)
     sync(folder)
     write_text(folder / LATEST, tag)
     sync(folder)
-    shutil.rmtree(folder / f".{tag}.removing", ignore_errors=True)
+    shutil.rmtree(folder / f".{tag}.replaced", ignore_errors=True)
     return final
 
 
