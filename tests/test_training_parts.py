@@ -13,10 +13,10 @@ from rso_ds import RSOConfig, RSOConfigError
 
 pytest.importorskip("transformers")
 from rso_ds.training.arguments import TrainArguments, parse_arguments
+from rso_ds.training.command import main
 from rso_ds.training.corpus import Corpus, _hub_documents
 from rso_ds.training.dataset import PackedTokens, token_file
 from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
-from rso_ds.training.loop import main
 from rso_ds.training.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -139,6 +139,21 @@ def has_checkpoints(folder: Path) -> bool:
     return folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
 
 
+def automatic_tag(folder: Path) -> tuple[str | None, str | None]:
+    """(tag from which to go on without being told one, None for what ``latest`` names; remark for the user)."""
+    if has_checkpoints(folder):
+        if (folder / LATEST).exists() or not tags(folder):
+            return None, None
+        # A crash between the renaming of the very first checkpoint and the writing of 'latest'.
+        newest = tags(folder)[-1]
+        return newest, f"{folder / LATEST} does not exist; going on from the newest complete checkpoint, {newest}"
+    remark = f"no checkpoint in {folder} yet, beginning at step 0"
+    left = sorted(p.name for p in folder.glob(".*.saving")) if folder.is_dir() else []
+    if left:
+        remark += f" (a save was cut short there, {left[-1]} is incomplete and will be removed)"
+    return None, remark
+
+
 def tags(folder: Path) -> list[str]:
     """Tags of the complete checkpoints in ``folder``, oldest first."""
     found = [p for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]

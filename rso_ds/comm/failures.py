@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,6 +18,9 @@ _SIGNS = (
     "remote error",
     "Watchdog caught collective operation timeout",
 )
+
+# What writing a file fails with where it is the place that fails, not the program.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def limit_waiting(timeout: timedelta) -> None:

@@ -76,6 +76,9 @@ class TrainArguments:
     eval_interval: int = _flag(100, "Steps between validations (there is one before and one after training too).")
     eval_tokens: int = _flag(100_000, "At most so many held-out tokens a validation.")
     save_interval: int = _flag(500, "Steps between checkpoints; 0: only at the end.")
+    max_skipped: int = _flag(
+        25, "End with an error after so many steps in a row whose loss or gradients are not finite."
+    )
     keep_last: int = _flag(2, "Newest checkpoints to keep; 0: all.")
     keep_best: int = _flag(0, "Of the older ones, keep so many with the lowest held-out loss.")
     async_save: bool = _flag(
@@ -91,7 +94,7 @@ class TrainArguments:
         for key, minimum in (
             ("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("max_steps", 1), ("train_tokens", 1),
             ("log_interval", 1), ("eval_interval", 1), ("eval_tokens", 1), ("save_interval", 0),
-            ("keep_last", 0), ("keep_best", 0),
+            ("keep_last", 0), ("keep_best", 0), ("max_skipped", 1),
             ("vocab_size", 257), ("replicas", 1), ("timeout", 1), ("seed", 0), ("sample_tokens", 0),
         ):  # fmt: skip
             value = getattr(self, key)

@@ -27,11 +27,33 @@ class Place:
         return torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
 
 
-def start(timeout: int) -> Place:
+def restart_advice(resume: str | None) -> str | None:
+    """What torchrun's restarts still need, None if nothing or if there are to be none."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return None
+    missing = []
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        missing.append(
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun (restarted ranks cannot meet"
+            " otherwise: 'Connection refused')"
+        )
+    if resume != "auto":
+        missing.append("add --resume auto")
+    return (
+        "torchrun is to restart this run after a failure, which will not work: " + ", and ".join(missing)
+        if missing
+        else None
+    )
+
+
+def start(timeout: int, resume: str | None = None) -> Place:
     """Join the other ranks (as the launcher's environment says; alone without one).
 
-    ``timeout``: seconds that a collective waits for a rank that does not answer.
+    ``timeout``: seconds that a collective waits for a rank that does not answer; ``resume``: the flag.
     """
+    advice = restart_advice(resume)
+    if advice and os.environ["RANK"] == "0":
+        print(advice, flush=True)
     if "RANK" not in os.environ:
         for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MV2_COMM_WORLD_SIZE"):
             if int(os.environ.get(key, 1)) > 1:

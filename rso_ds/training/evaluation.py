@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ def held_out_loss(model: nn.Module, data: PackedTokens, tokens: int, micro: int,
     dist.all_reduce(total)
     model.train(was_training)
     return (total[0] / total[1]).item()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is beyond floating point."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 @torch.no_grad()

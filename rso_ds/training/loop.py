@@ -1,12 +1,10 @@
-"""The main job, start to end. ``launch/train.py`` calls ``main``."""
+"""The main job, start to end. ``launch/train.py`` calls it through ``rso_ds.training.command``."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +12,24 @@ import torch
 import torch.distributed as dist
 
 from rso_ds.checkpoint import Retention, save_dense
-from rso_ds.checkpoint.folder import MANIFEST, has_checkpoints
-from rso_ds.comm.failures import lost_rank
+from rso_ds.checkpoint.folder import MANIFEST, automatic_tag, has_checkpoints
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.memory.account import Account, Accountant, model_builder
 from rso_ds.memory.profile import StepProfiler, report
 from rso_ds.memory.states import Engine
 from rso_ds.models import LLAMA_SHAPES
-from rso_ds.training.arguments import TrainArguments, parse_arguments
+from rso_ds.training.arguments import TrainArguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
-from rso_ds.training.deepspeed_json import batch_sizes, fill, read_json
-from rso_ds.training.distributed import Place, start
+from rso_ds.training.deepspeed_json import batch_sizes, fill
+from rso_ds.training.distributed import Place
 from rso_ds.training.engines import build_engine
-from rso_ds.training.evaluation import held_out_loss, sample
-from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes, per_step, traffic_summary
+from rso_ds.training.evaluation import held_out_loss, perplexity, sample
+from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes, per_step, traffic_summary, validation
+from rso_ds.training.signals import EXIT_REQUEUE, Interruption
+from rso_ds.training.steps import Meeting, StepWatch
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the job; an error of ours ends the process with its message alone and status 1."""
-    try:
-        args = parse_arguments(argv)
-        ds_json = read_json(args)
-        corpus = Corpus(args.data, args.val_fraction, args.val_data, args.text_key)
-        Job(args, ds_json, corpus, start(args.timeout)).run()
-    except RSOError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except RuntimeError as error:
-        message = lost_rank(error)
-        if message is None:
-            raise
-        sys.exit(message)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Job:
@@ -140,10 +121,12 @@ class Job:
         if wanted is None:
             return 0
         folder, tag = self.output / "checkpoints" if wanted == "auto" else Path(wanted), None
-        if wanted == "auto" and not has_checkpoints(folder):
-            if self.place.rank == 0:
-                print(f"--resume auto: no checkpoint in {folder} yet, beginning at step 0", flush=True)
-            return 0
+        if wanted == "auto":
+            tag, remark = automatic_tag(folder)
+            if self.place.rank == 0 and remark:
+                print(f"--resume auto: {remark}", flush=True)
+            if not has_checkpoints(folder):
+                return 0
         if (folder / MANIFEST).is_file():
             folder, tag = folder.parent, folder.name
 
@@ -169,14 +152,15 @@ class Job:
                 f"step{step}",
                 {"step": step, "run": self._identity()},
                 keep=Retention(self.args.keep_last, self.args.keep_best),
-                score=score,
+                score=score if math.isfinite(score) else None,
                 model_files=self.tokenizer.save_pretrained,
                 **background,
             )
 
     # -- training ------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, interruption: Interruption) -> bool:
+        """Train to the last step, unless a signal comes: then save and return False."""
         args, engine, display = self.args, self.engine, self.display
         metrics = (
             MetricsFile(self.output / "metrics.jsonl", self.first_step if self.first_step else None)
@@ -189,28 +173,26 @@ class Job:
             f" {len(self.train_data.tokens):,} training and {len(self.held_out.tokens):,} held-out tokens"
         )
         before = self._evaluate()
-        display.say(f"held-out before: loss {before:.4f}, perplexity {math.exp(before):.2f}")
+        display.say(f"held-out before: loss {before:.4f}, perplexity {perplexity(before):.2f}")
         if metrics and self.first_step == 0:
-            metrics.write({"step": 0, "tokens": 0, "val_loss": before, "val_ppl": math.exp(before)})
+            metrics.write({"step": 0, "tokens": 0, **validation(before)})
         engine.train()
-        window_loss, window_start, window_first = 0.0, time.monotonic(), self.first_step
+        meeting = Meeting(self.place, engine.traffic, args.timeout)
+        watch = StepWatch(args.max_skipped, engine.skipped_steps, self.output / "checkpoints")
+        window_start, window_first = time.monotonic(), self.first_step
         sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
             lr = engine.optimizer.param_groups[0]["lr"]
-            window_loss += self._train_step(step - 1)
+            loss, stop = meeting(self._train_step(step - 1), interruption.requested)
+            watch.after(step, loss, engine.skipped_steps)
             evaluate = step % args.eval_interval == 0 or step == self.steps
             if step % args.log_interval == 0 or evaluate or step == self.first_step + 1:
                 taken = step - window_first
                 elapsed = time.monotonic() - window_start
-                loss = self._mean_over_ranks(window_loss / taken)
-                if not math.isfinite(loss):
-                    raise RSOError(
-                        f"the loss is {loss} at step {step}: lower the learning rate, or resume from before."
-                    )
                 record = {
                     "step": step,
-                    "loss": loss,
+                    "loss": watch.window(),
                     "lr": lr,
                     "tokens": step * self.tokens_per_step,
                     "tokens_per_second": taken * self.tokens_per_step / elapsed,
@@ -222,21 +204,38 @@ class Job:
                     record["comm_bytes_inter_node"] = per_step(engine.traffic.by_kind("inter-node"), crossed, taken)
                 if evaluate:
                     after = self._evaluate()
-                    record |= {"val_loss": after, "val_ppl": math.exp(after)}
+                    record |= validation(after)
                 if hasattr(engine, "rso"):
                     record |= {"draw": engine.rso.draw, "applied_steps": engine.rso.applied_steps}
                 if metrics:
                     metrics.write(record)
                 display.step(record)
-                window_loss, window_start, window_first = 0.0, time.monotonic(), step
+                window_start, window_first = time.monotonic(), step
                 sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
-            if step == self.steps or (args.save_interval and step % args.save_interval == 0):
+            if stop or step == self.steps or (args.save_interval and step % args.save_interval == 0):
                 saving = time.monotonic()
-                self._save(step, after)
+                if watch.sound:
+                    self._save(step, after)
                 window_start += time.monotonic() - saving
+            if stop and step < self.steps:
+                engine.checkpoints.wait()
+                display.close()
+                display.say(self._requeue_message(step, interruption, watch))
+                return False
         engine.checkpoints.wait()
         display.close()
+        if not watch.sound:
+            raise RSOError(
+                f"the loss is {loss} at the last step: no model was saved. Continue from the newest checkpoint in"
+                f" {self.output / 'checkpoints'} with a lower learning rate."
+            )
         self._finish(before, after)
+        return True
+
+    def _requeue_message(self, step: int, interruption: Interruption, watch: StepWatch) -> str:
+        why = interruption.name if interruption.requested else "a signal to another rank"
+        saved = f"saved step{step}" if watch.sound else "nothing saved, since the loss of this step is not finite"
+        return f"{why}: stopped after step {step}, {saved}; continue with --resume auto (exit status {EXIT_REQUEUE})"
 
     def _train_step(self, step: int) -> float:
         ids = self.train_data.micro_batches(
@@ -284,11 +283,6 @@ class Job:
         with self.engine.traffic.phase("evaluation"):
             return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.place)
 
-    def _mean_over_ranks(self, value: float) -> float:
-        box = torch.tensor([value], dtype=torch.float64, device=self.place.device)
-        dist.all_reduce(box)
-        return box.item() / self.place.world_size
-
     def _finish(self, before: float, after: float) -> None:
         folder = self.output / "model"
         if hasattr(self.engine, "rso") and self.engine.rso.config.communicate == "boundary":
@@ -307,7 +301,7 @@ class Job:
                 text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
                 self.display.say(f"--- sample\n{text}\n---")
             self.display.say(
-                f"held-out perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
+                f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
                 f" (loss {before:.4f} -> {after:.4f})\nmodel: {folder}   metrics: {self.output / 'metrics.jsonl'}"
             )
         dist.barrier()

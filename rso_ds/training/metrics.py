@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rso_ds.comm.counter import KINDS, CommCounter
+from rso_ds.training.evaluation import perplexity
 
 
 def peak_memory_bytes() -> int:
@@ -21,6 +23,12 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def validation(loss: float) -> dict[str, float | None]:
+    """A held-out loss as ``metrics.jsonl`` has it: null where it is not finite, which JSON cannot write."""
+    finite = math.isfinite(loss) and math.isfinite(perplexity(loss))
+    return {"val_loss": loss if finite else None, "val_ppl": perplexity(loss) if finite else None}
 
 
 def per_step(now: Mapping[str, int], before: Mapping[str, int], steps: int) -> dict[str, int]:
@@ -83,11 +91,13 @@ class Display:
         """Show a logged step."""
         sent = sum(n for kind, n in record["comm_bytes"].items() if kind != "evaluation")
         status = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+            f"loss {_number(record['loss'], '.4f')}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
             f"  {sent / 1e6:,.2f} MB/step  mem {record['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         if "val_loss" in record:
-            status += f"  val {record['val_loss']:.4f} (ppl {record['val_ppl']:.2f})"
+            status += f"  val {_number(record['val_loss'], '.4f')} (ppl {_number(record['val_ppl'], '.2f')})"
+        if record["skipped_steps"]:
+            status += f"  skipped {record['skipped_steps']}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], status=status)
         else:
@@ -106,3 +116,7 @@ class Display:
             return "-"
         seconds = int((time.monotonic() - self._began) / done * (self.total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _number(value: float | None, how: str) -> str:
+    return "not finite" if value is None else format(value, how)
