@@ -141,7 +141,9 @@ class Job:
                         " --resume."
                     )
 
-        _, client = self.engine.checkpoints.load(folder, tag, same_run)
+        path, client = self.engine.checkpoints.load(folder, tag, same_run)
+        if self.place.rank == 0:
+            print(f"--resume {wanted}: continuing from {path}, after step {client['step']}", flush=True)
         return int(client["step"])
 
     def _save(self, step: int, score: float) -> None:
