@@ -124,9 +124,15 @@ def find(folder: Path, tag: str | None = None) -> Path:
         if not latest.is_file():
             raise RSOCheckpointError(f"{latest} does not exist: there is no checkpoint to load, or name its tag.")
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if not tag or not (folder / Path(tag).name / MANIFEST).is_file():
+        if not tag or Path(tag).name != tag:
             raise RSOCheckpointError(
-                f"{latest} names {tag!r}, which is no complete checkpoint. Complete ones there: {_tags_text(folder)}."
+                f"{latest} is damaged: it names {tag!r}. Complete checkpoints there: {_tags_text(folder)}; write the"
+                " name of one into it, or give its folder."
+            )
+        if not (folder / tag / MANIFEST).is_file():
+            raise RSOCheckpointError(
+                f"{latest} names {tag!r}, which is no complete checkpoint: {folder / tag / MANIFEST} does not exist."
+                f" Complete ones there: {_tags_text(folder)}; write the name of one into {LATEST}, or give its folder."
             )
     path = folder / str(tag)
     if not path.is_dir():
@@ -156,7 +162,7 @@ def automatic_tag(folder: Path) -> tuple[str | None, str | None]:
 
 def tags(folder: Path) -> list[str]:
     """Tags of the complete checkpoints in ``folder``, oldest first."""
-    found = [p for p in folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
+    found = [p for p in folder.glob(f"*/{MANIFEST}") if p.is_file() and not p.parent.name.startswith(".")]
     return [p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime_ns)]
 
 

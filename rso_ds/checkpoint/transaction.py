@@ -16,6 +16,7 @@ from rso_ds.checkpoint import folder as folders
 from rso_ds.checkpoint.folder import Retention
 from rso_ds.checkpoint.model_files import MODEL_FILES
 from rso_ds.checkpoint.state import read_state, write_state
+from rso_ds.comm.failures import lost_rank
 from rso_ds.errors import RSOCheckpointError, RSOError
 
 EXTRA_FILE = "extra.pt"
@@ -87,12 +88,13 @@ def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, d
     rank, naming the damaged file.
     """
 
-    def read() -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    def verified() -> Path:
         path = folders.find(Path(folder), tag)
         folders.verify(path, _rank(), _size())
-        return path, read_state(path), read_extra(path)
+        return path
 
-    return agreed(read)
+    path = agreed(verified)  # every share is, before any rank reads a file that another was to verify
+    return agreed(lambda: (path, read_state(path), read_extra(path)))
 
 
 def read_extra(path: Path) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def serialized(extra: Mapping[str, Any]) -> bytes:
 def agreed(action: Callable[[], T], group: Any = None) -> T:
     """What ``action`` returns; if it fails on any rank, ``RSOCheckpointError`` with that rank's message on all."""
     failure: str | None = None
-    own: RSOError | None = None
+    own: Exception | None = None
     try:
         result = action()
     except RSOError as error:
@@ -127,12 +129,16 @@ def agreed(action: Callable[[], T], group: Any = None) -> T:
         failure = f"rank {rank}: {type(cause).__name__}: {cause}"
     except OSError as error:
         failure = f"rank {_rank()}: {type(error).__name__}: {error}"
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        if lost_rank(error) is not None:
+            raise
+        failure, own = f"rank {_rank()}: {type(error).__name__}: {error}", error
     failures = _gathered(failure, group)
-    if own is not None:
+    first = next((message for message in failures if message is not None), None)
+    if own is not None and failure == first:
         raise own
-    for message in failures:
-        if message is not None:
-            raise RSOCheckpointError(message)
+    if first is not None:
+        raise RSOCheckpointError(first)  # the same words on all ranks
     return result
 
 

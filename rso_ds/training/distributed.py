@@ -87,5 +87,12 @@ def start(timeout: int, resume: str | None = None) -> Place:
         # DeepSpeed would compile a shared-memory all-reduce that only its inference uses; a lock left by a
         # killed build then makes every later start wait for ever without a word.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
+    try:
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RSOError(
+            f"rank {os.environ['RANK']} could not meet the other ranks at {where}: {str(error).splitlines()[0][:300]}"
+            " Look for the first error in the other ranks' logs; --timeout sets how long they are waited for."
+        ) from None
     return Place(dist.get_rank(), local_rank, dist.get_world_size(), on_gpu)
