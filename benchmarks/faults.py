@@ -46,7 +46,7 @@ class Run:
     """One output folder: start ranks on it, and see how far it has come."""
 
     def __init__(self, space: Workspace, name: str, flags: list[str]) -> None:
-        self.output = space.folder / name
+        self.output, self.own = space.folder / name, flags
         self.logs = space.folder / "logs" / name
         self.flags = ["--data", str(space.data), "--cache", str(space.cache), "--output", str(self.output), *flags]
 

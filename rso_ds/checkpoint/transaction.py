@@ -57,10 +57,13 @@ def write_checkpoint(
         mine = agreed(lambda: folders.digests(temporary, names[_rank(group) :: _size(group)]), group)
         entries = {name: entry for part in _gathered(mine, group) for name, entry in part.items()}
         agreed(lambda: _finish(folder, temporary, entries, keep) if first else None, group)
-    except RSOError:
+    except RSOError as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        raise RSOCheckpointError(
+            f"{folder / tag} was not saved; what was saved before is as it was. {str(error).rstrip('.')}. Remove the"
+            " cause, then continue from the newest checkpoint."
+        ) from None
     return folder / tag
 
 
