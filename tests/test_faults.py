@@ -222,7 +222,7 @@ def broken_models(space):
     lines = space.data.read_text().splitlines()
     rare.write_text("\n".join(line + ("Q" if i % 50 == 7 else "") for i, line in enumerate(lines)))
     corpus = Corpus(str(rare), 0.02, str(space.data), "text")
-    tokenizer = load_tokenizer(None, corpus, 400, space.cache)
+    tokenizer = load_tokenizer(None, Corpus(str(space.data)), 400, space.cache)  # one to which Q is a lone byte
     shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)

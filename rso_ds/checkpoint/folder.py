@@ -124,7 +124,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
         if not latest.is_file():
             raise RSOCheckpointError(f"{latest} does not exist: there is no checkpoint to load, or name its tag.")
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if not tag or Path(tag).name != tag:
+        if not tag or Path(tag).name != tag or "\ufffd" in tag:
             raise RSOCheckpointError(
                 f"{latest} is damaged: it names {tag!r}. Complete checkpoints there: {_tags_text(folder)}; write the"
                 " name of one into it, or give its folder."

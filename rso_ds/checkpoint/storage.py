@@ -42,7 +42,7 @@ def save_pieces(pieces: Mapping[str, Piece], folder: Path, group: Any = None) ->
     What several ranks hold alike is written once. Raises torch's ``CheckpointException`` on every rank if one
     of them fails, or if the pieces of all ranks do not make up whole tensors.
     """
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True)
     with _quiet():
         dcp.save(dict(pieces), storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=_alone())
 
@@ -141,6 +141,20 @@ class _LoadPlanner(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         assert index.index is not None
         return [t for piece in self._targets[index.fqn] for t in piece.tensors()][index.index]
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            # On a full disk torch.save says "unexpected pos", in an exception raised while handling the true one.
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, OSError):
+                    raise cause from None
+                cause = cause.__cause__ or cause.__context__
+            raise
 
 
 class _Reader(dcp.FileSystemReader):
