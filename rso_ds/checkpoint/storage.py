@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from rso_ds.checkpoint.pieces import Piece
+from rso_ds.comm.failures import failed_write
 from rso_ds.errors import RSOCheckpointError
 
 
@@ -148,13 +149,7 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(*args, **kwargs)
         except Exception as error:
-            # On a full disk torch.save says "unexpected pos", in an exception raised while handling the true one.
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, OSError):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
-            raise
+            raise (failed_write(error) or error) from None  # before it travels to other ranks, which loses its context
 
 
 class _Reader(dcp.FileSystemReader):

@@ -16,7 +16,7 @@ from rso_ds.checkpoint import folder as folders
 from rso_ds.checkpoint.folder import Retention
 from rso_ds.checkpoint.model_files import MODEL_FILES
 from rso_ds.checkpoint.state import read_state, write_state
-from rso_ds.comm.failures import lost_rank
+from rso_ds.comm.failures import failed_write, lost_rank
 from rso_ds.errors import RSOCheckpointError, RSOError
 
 EXTRA_FILE = "extra.pt"
@@ -130,12 +130,12 @@ def agreed(action: Callable[[], T], group: Any = None) -> T:
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         failure = f"rank {rank}: {type(cause).__name__}: {cause}"
-    except OSError as error:
-        failure = f"rank {_rank()}: {type(error).__name__}: {error}"
     except Exception as error:  # whatever it is, the others must not wait for this rank
         if lost_rank(error) is not None:
             raise
-        failure, own = f"rank {_rank()}: {type(error).__name__}: {error}", error
+        system = failed_write(error)
+        failure = f"rank {_rank()}: {type(system or error).__name__}: {system or error}"
+        own = None if system else error
     failures = _gathered(failure, group)
     first = next((message for message in failures if message is not None), None)
     if own is not None and failure == first:

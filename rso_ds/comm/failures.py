@@ -23,6 +23,17 @@ _SIGNS = (
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+def failed_write(error: BaseException) -> OSError | None:
+    """The failed system call behind ``error``, if any.
+
+    On a full disk torch.save says "unexpected pos", in an exception raised while the true one is handled.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def limit_waiting(timeout: timedelta) -> None:
     """Give every process group that exists this timeout: engines make groups of their own with the default one."""
     for group in dist.distributed_c10d._world.pg_map:
