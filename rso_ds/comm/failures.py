@@ -30,6 +30,8 @@ def failed_write(error: BaseException) -> OSError | None:
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
+        if any(sign in str(cause) for sign in ("unexpected pos", "file write failed")) and cause.__context__ is None:
+            return OSError(f"a file could not be written whole (disk full, or a limit on its size?): {cause}")
         cause = cause.__cause__ or cause.__context__
     return cause
 
