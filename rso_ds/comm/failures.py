@@ -24,15 +24,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def failed_write(error: BaseException) -> OSError | None:
-    """The failed system call behind ``error``, if any.
+    """The failed write behind ``error``, if any.
 
-    On a full disk torch.save says "unexpected pos", in an exception raised while the true one is handled.
+    On a full disk torch.save says "unexpected pos": in an exception raised while the true one is handled, or, where
+    it opened the file itself, without any system call to name.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
-        if any(sign in str(cause) for sign in ("unexpected pos", "file write failed")) and cause.__context__ is None:
-            return OSError(f"a file could not be written whole (disk full, or a limit on its size?): {cause}")
         cause = cause.__cause__ or cause.__context__
+    if cause is None and "unexpected pos" in str(error):
+        return OSError(f"a file could not be written whole (disk full, or a limit on its size?): {error}")
     return cause
 
 
