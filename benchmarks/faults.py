@@ -192,6 +192,8 @@ class Campaign:
         text = ranks.text(1 - rank)
         lost = "lost another rank" in text
         how = "one message, exit 1" if other == 1 and lost and "Traceback" not in text else f"other: exit {other}"
+        if other == 0 and (run.output / "model").is_dir():
+            how = "exit 0: it was complete before it could miss the other"
         if how.startswith("other"):
             self.failures.append(f"survivor of {what} ended with {other}: {text[-1500:]}")
         self.survivors[how] += 1
