@@ -162,3 +162,10 @@ def test_no_damaged_file_is_loaded(tmp_path):
     results = corruption.attempts(corruption.ENGINES["DDP"], 1, 5, tmp_path)
     assert len(results) > 60
     assert corruption.faults(results) == []
+
+
+def test_a_crash_between_the_renames_of_a_checkpoint_saved_again(space, undisturbed, half):
+    run = copied(half, space, "replaced", half.own)
+    checkpoints = run.output / "checkpoints"
+    (checkpoints / f"step{2 * SAVE}").rename(checkpoints / f".step{2 * SAVE}.replaced")
+    assert f"after step {2 * SAVE}" in resumed(run, undisturbed["ddp"])

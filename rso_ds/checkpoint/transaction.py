@@ -96,6 +96,7 @@ def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, d
         folders.verify(path, _rank(), _size())
         return path
 
+    agreed(lambda: folders.recover(Path(folder)) if _rank() == 0 else None)
     path = agreed(verified)  # every share is, before any rank reads a file that another was to verify
     return agreed(lambda: (path, read_state(path), read_extra(path)))
 

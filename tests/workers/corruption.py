@@ -73,7 +73,7 @@ def flip(file: Path, bit: int) -> None:
 def file_cases(checkpoint: Path, foreign: Path) -> list[Case]:
     cases: list[Case] = []
     chance = random.Random(PLAN["seed"])
-    for name in sorted(p.name for p in checkpoint.iterdir()):
+    for name in sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()):
         size = (checkpoint / name).stat().st_size
 
         def add(what: str, change: Callable[[Path], Any], name: str = name) -> None:
@@ -86,7 +86,7 @@ def file_cases(checkpoint: Path, foreign: Path) -> list[Case]:
         add("one byte appended", lambda f: f.write_bytes(f.read_bytes() + b"\0"))
         add("removed", lambda f: f.unlink())
         add("a folder instead", lambda f: (f.unlink(), f.mkdir()))
-        if (foreign / name).read_bytes() != (checkpoint / name).read_bytes():
+        if (foreign / name).is_file() and (foreign / name).read_bytes() != (checkpoint / name).read_bytes():
             add("that of another run", lambda f, n=name: shutil.copy(foreign / n, f))
     return cases
 
@@ -110,7 +110,7 @@ def folder_cases(foreign: Path) -> list[Case]:
         ("foreign.bin", "file added", write("step3/foreign.bin", b"x")),
         ("__9_0.distcp", "file added", another_piece),
         ("step3", "folder removed", lambda copy: shutil.rmtree(copy / "step3")),
-        ("step3", "folder emptied", lambda copy: [p.unlink() for p in (copy / "step3").iterdir()]),
+        ("step3", "folder emptied", lambda copy: (shutil.rmtree(copy / "step3"), (copy / "step3").mkdir())),
         ("step3", "the whole checkpoint of another run", another_run),
         (LATEST, "removed", lambda copy: (copy / LATEST).unlink()),
         (LATEST, "emptied", write(LATEST, b"")),
