@@ -129,6 +129,7 @@ class Boundary:
         self.shards = shards
         self.applied_steps = 0
         self.draw = 0
+        self.skipped_steps = 0  # by engines that do not count for themselves
         self._weight_decays = list(weight_decays)
         self._lr_groups = list(lr_groups)
         self._dense = dict(dense or {})
@@ -281,6 +282,7 @@ class Boundary:
         return {
             "applied_steps": self.applied_steps,
             "draw": self.draw,
+            "skipped_steps": self.skipped_steps,
             "decay": list(self._decay),
             "seed": self.config.seed,
             "sampler": self.config.sampler,
@@ -315,6 +317,7 @@ class Boundary:
         """Continue from ``state_dict()``'s output; ``check_state`` comes first. Redraws every P."""
         self.applied_steps = int(state["applied_steps"])
         self.draw = int(state["draw"])
+        self.skipped_steps = int(state["skipped_steps"])
         self._decay = [float(d) for d in state["decay"]]
         for subspace in self.subspaces:
             subspace.move_to(self.draw)

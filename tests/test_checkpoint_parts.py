@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,19 @@ from torch import nn
 import rso_ds
 from rso_ds.checkpoint import Retention
 from rso_ds.checkpoint import folder as folder_module
-from rso_ds.checkpoint.folder import MANIFEST, begin, check_tag, commit, digests, find, prune, tags, verify
+from rso_ds.checkpoint.folder import (
+    MANIFEST,
+    begin,
+    check_tag,
+    commit,
+    digests,
+    find,
+    has_checkpoints,
+    prune,
+    recover,
+    tags,
+    verify,
+)
 from rso_ds.checkpoint.pieces import Piece, boxes
 from rso_ds.checkpoint.storage import StoredTensors, load_pieces, save_pieces
 from rso_ds.checkpoint.transaction import read_checkpoint
@@ -68,6 +81,15 @@ def test_metadata_that_names_other_code_is_not_run(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
+def test_metadata_that_makes_code_of_permitted_modules_is_not_run(tmp_path):
+    """``dataclass`` stands in the namespace of torch's metadata module, and compiles the names of fields."""
+    for name in ("dataclass", "os", "torch", "__builtins__"):
+        module = b"torch.distributed.checkpoint.metadata"
+        (tmp_path / ".metadata").write_bytes(b"c" + module + b"\n" + name.encode() + b"\n.")
+        with pytest.raises(RSOCheckpointError, match=f"it names {module.decode()}.{name}"):
+            StoredTensors(tmp_path)
+
+
 def checkpoint(folder, tag, text="x"):
     temporary = begin(folder, tag)
     (temporary / "a.txt").write_text(text)
@@ -86,6 +108,33 @@ def test_a_checkpoint_appears_whole_and_latest_follows(tmp_path):
     checkpoint(tmp_path, "one", "again")  # a tag saved once more replaces the old one
     assert (tmp_path / "one" / "a.txt").read_text() == "again"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "one", "three"]
+
+
+def test_a_crash_while_a_tag_is_replaced_loses_nothing(tmp_path):
+    checkpoint(tmp_path, "one", "old")
+    os.replace(tmp_path / "one", tmp_path / ".one.replaced")  # as commit does; a crash here
+    assert has_checkpoints(tmp_path)
+    recover(tmp_path)
+    assert (find(tmp_path) / "a.txt").read_text() == "old"
+    shutil.copytree(tmp_path / "one", tmp_path / ".one.replaced")  # a crash after the second renaming
+    recover(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "one"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(RSOCheckpointError, match="logs exists and is no checkpoint of rso_ds"):
+        Run().checkpoints.save(tmp_path, "logs")
+    assert (tmp_path / "logs").is_dir()
+
+
+def test_an_old_damaged_checkpoint_does_not_hinder_new_ones(tmp_path):
+    run = Run()
+    for tag, score in (("a", 2.0), ("b", float("nan")), ("c", 3.0)):
+        run.checkpoints.save(tmp_path, tag, score=score)
+    (tmp_path / "a" / "rso_state.json").write_text("{")
+    run.checkpoints.save(tmp_path, "d", keep=Retention(1, 1))
+    assert tags(tmp_path) == ["c", "d"]  # neither what cannot be read nor NaN counts as best
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
@@ -152,6 +201,53 @@ class Run:
             self.optimizer.zero_grad()
             self.scheduler.step()
         return {n: p.clone() for n, p in self.model.state_dict().items()}
+
+
+def test_what_a_schedule_changes_beside_the_learning_rate_comes_back(tmp_path):
+    def start():
+        run = Run()
+        run.scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, 1e-2, total_steps=20)
+        run.checkpoints = run.optimizer.checkpointer(scheduler=run.scheduler)
+        return run
+
+    run = start()
+    run.step(4)
+    run.checkpoints.save(tmp_path, "one")
+    after, again = run.step(4), start()
+    again.checkpoints.load(tmp_path)
+    assert all(torch.equal(p, after[n]) for n, p in again.step(4).items())
+
+
+def test_a_schedule_that_would_be_lost_is_refused(tmp_path):
+    Run().checkpoints.save(tmp_path, "one")
+    with pytest.raises(RSOCheckpointError, match="only the checkpoint has a 'scheduler'"):
+        Run().optimizer.checkpointer().load(tmp_path)
+
+
+def test_empty_buffers_and_frozen_parameters_come_back(tmp_path):
+    def start():
+        run = Run()
+        run.model.register_buffer("empty", torch.empty(0))
+        run.model.register_buffer("mean", torch.zeros(3))
+        run.model.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+        return run
+
+    run = start()
+    run.model.mean += 1
+    run.model.frozen += 2
+    run.checkpoints.save(tmp_path, "one")
+    again = start()
+    again.checkpoints.load(tmp_path)
+    assert (again.model.mean.tolist(), again.model.frozen.tolist()) == ([1, 1, 1], [2, 2])
+
+
+def test_skipped_steps_are_remembered(tmp_path):
+    run = Run()
+    run.step(2, bad=(1,))
+    run.checkpoints.save(tmp_path, "one")
+    again = Run()
+    again.checkpoints.load(tmp_path)
+    assert again.optimizer.skipped_steps == 1
 
 
 def test_one_process_saves_without_process_group(tmp_path):

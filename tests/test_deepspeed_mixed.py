@@ -134,7 +134,7 @@ FOREIGN = {
     "damaged": "damaged/rso_state.json is damaged",
     "other rank": "is of another model or rank: layer 'model.layers.0.self_attn.q_proj'",
     "other sampler": "was trained with 'sampler': 'gaussian', this run has 'haar'",
-    "other format": "is not of format 2",
+    "other format": "is not of format 3",
     "incomplete": "damaged RSO state, no 'draw'",
     "other solver": "was trained with solver 'sgd', this run has 'adamw'",
     "other dtype": "is of another model or precision: 'model.embed_tokens.weight' is [shape, dtype, trainable]",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -36,9 +38,14 @@ class Checkpointer:
     """
 
     def __init__(
-        self, state: TrainingState, extras: Mapping[str, Stateful], own: Mapping[str, Stateful] | None = None
+        self,
+        state: TrainingState,
+        extras: Mapping[str, Stateful],
+        own: Mapping[str, Stateful] | None = None,
+        ready: Callable[[], None] | None = None,
     ) -> None:
         self._state, self._extras, self._own = state, dict(extras), dict(own or {})
+        self._ready = ready
         self._group: Any = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[Path] | None = None
@@ -66,9 +73,10 @@ class Checkpointer:
         that were there before stay as they were.
         """
         self.wait()
-        state = {**self._state.describe(), "score": score}
-        extras = {name: dict(part.state_dict()) for name, part in (self._extras | self._own).items()}
-        extra = agreed(lambda: serialized({"client": dict(client_state or {}), "extras": extras}))
+        if self._ready is not None:
+            agreed(self._ready)
+        state = {**self._state.describe(), "score": None if score is None else float(score)}
+        extra = agreed(lambda: self._extra(client_state))
         pieces = agreed(self._state.pieces)
         group = None
         if not wait:
@@ -96,10 +104,15 @@ class Checkpointer:
     def _start_thread(self) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
+            atexit.register(self._report)
             if dist.is_initialized():
                 # Collectives of the training's own group would meet those of the next step.
                 self._group = dist.new_group(backend="gloo")
                 install().label(self._group, "other")
+
+    def _report(self) -> None:
+        if self._pending is not None and (error := self._pending.exception()) is not None:
+            print(f"the last checkpoint was not saved, and nobody waited for it: {error}", file=sys.stderr)
 
     def wait(self) -> None:
         """Wait until the save that goes on in the background, if any, is complete."""
@@ -118,7 +131,8 @@ class Checkpointer:
         """
         self.wait()
         path, state, extra = read_checkpoint(folder, tag)
-        agreed(lambda: self._check(state, extra, path))
+        mine = self._state.describe()
+        agreed(lambda: self._check(state, mine, extra, path))
         if check is not None:
             agreed(lambda: check(extra["client"]))
         targets = agreed(lambda: self._state.targets(StoredTensors(path)))
@@ -127,13 +141,20 @@ class Checkpointer:
         for name, part in self._extras.items():
             part.load_state_dict(extra["extras"][name])
         for name, part in self._own.items():
-            part.load_state_dict(extra["extras"].get(name, {}))
+            part.load_state_dict(extra["own"].get(name, {}))
         return path, extra["client"]
 
-    def _check(self, state: dict[str, Any], extra: dict[str, Any], path: Path) -> None:
-        self._state.check(state, str(path))
-        missing = sorted(set(self._extras) - set(extra["extras"]))
-        if missing:
+    def _extra(self, client_state: Mapping[str, Any] | None) -> bytes:
+        extras = {name: dict(part.state_dict()) for name, part in self._extras.items()}
+        own = {name: dict(part.state_dict()) for name, part in self._own.items()}
+        return serialized({"client": dict(client_state or {}), "extras": extras, "own": own})
+
+    def _check(self, state: dict[str, Any], mine: dict[str, Any], extra: dict[str, Any], path: Path) -> None:
+        self._state.check(state, mine, str(path))
+        theirs, ours = set(extra["extras"]), set(self._extras)
+        if theirs != ours:
+            name = sorted(theirs ^ ours)[0]
+            where = "the checkpoint has a" if name in theirs else "this run has a"
             raise RSOCheckpointError(
-                f"{path} holds no '{missing[0]}': it was saved by a run without one. Resume with the same settings."
+                f"{path}: only {where} '{name}', whose state would be lost or made up. Resume with the same settings."
             )

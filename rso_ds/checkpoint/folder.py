@@ -64,7 +64,10 @@ def begin(folder: Path, tag: str) -> Path:
     for entry in folder.iterdir():
         if entry.name.startswith(".") and entry.suffix in (".saving", ".removing"):
             shutil.rmtree(entry)
-    temporary = folder / f".{check_tag(tag)}.saving"
+    final = folder / check_tag(tag)
+    if final.exists() and not (final / MANIFEST).is_file():
+        raise RSOCheckpointError(f"{final} exists and is no checkpoint of rso_ds: move it away, or choose another tag.")
+    temporary = folder / f".{tag}.saving"
     temporary.mkdir()
     return temporary
 
@@ -99,7 +102,11 @@ def commit(temporary: Path, entries: Mapping[str, Mapping[str, Any]]) -> Path:
     sync(temporary)
     if final.exists():
         os.replace(final, folder / f".{tag}.replaced")
-    os.replace(temporary, final)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        recover(folder)
+        raise
     sync(folder)
     write_text(folder / LATEST, tag)
     sync(folder)
@@ -142,7 +149,7 @@ def find(folder: Path, tag: str | None = None) -> Path:
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is anything from which a run could, or should have been able to, go on."""
-    return folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
+    return folder.is_dir() and any(not p.name.startswith(".") or p.suffix == ".replaced" for p in folder.iterdir())
 
 
 def automatic_tag(folder: Path) -> tuple[str | None, str | None]:

@@ -6,7 +6,7 @@
     parameters    name -> [shape, dtype at rest, trainable]
     dense         what becomes of them in the dense model: rso_ds.checkpoint.dense.dense_description
     steps         name -> the solver's step count
-    lrs           of the solver's groups
+    groups        of the solver: lr, betas, momentum, which schedules change
     replicas      copies of the trainable parameters, above 1 where ranks step apart
     ...
 
@@ -23,7 +23,7 @@ from rso_ds.checkpoint.folder import write_text
 from rso_ds.errors import RSOCheckpointError
 
 STATE_FILE = "rso_state.json"
-FORMAT = 2
+FORMAT = 3
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

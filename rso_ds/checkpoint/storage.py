@@ -170,9 +170,14 @@ class _Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-_METADATA = "torch.distributed.checkpoint.metadata"
+# By name, for a module's namespace also holds what it imports, and code can be made of that.
+_METADATA = (
+    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+    "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
 _DTYPES = {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _NAMED = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
@@ -184,6 +189,6 @@ _NAMED = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module == _METADATA and "." not in name) or (module, name) in _NAMED:
+        if (module, name) in _NAMED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of checkpoint metadata")

@@ -8,11 +8,13 @@ Names of the tensors in a checkpoint, for a parameter ``p`` of the model as it w
     outer.p       momentum of merged updates, for W, with ``outer_momentum``
     rng.R.cpu     state of rank R's random generators
 
-After local steps, what differs between replicas has ``replicaK/`` in front.
+After local steps, what differs between replicas has ``replicaK/`` in front, and ``replicaK/steps`` holds the
+solver's step counts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -24,9 +26,9 @@ from rso_ds.boundary import Boundary, SolverShard
 from rso_ds.checkpoint.dense import dense_description
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors
-from rso_ds.errors import RSOCheckpointError, RSOUnsupportedError
+from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import rso_layers
-from rso_ds.layers.partitioned import full_shape
+from rso_ds.layers.partitioned import flat_memory, full_shape
 
 
 class Places(Protocol):
@@ -45,8 +47,14 @@ class Places(Protocol):
     def prepare_solver(self, param: Any) -> None: ...
     def solver_step(self, param: Any) -> int | None: ...
     def set_solver_step(self, param: Any, step: int) -> None: ...
-    def kept_rows(self, what: str, param: Any) -> tuple[int, Tensor] | None: ...
+    def kept_rows(self, what: str, param: Any) -> tuple[int, Tensor]: ...
     def keeps(self) -> list[str]: ...
+    def holds(self) -> list[str]: ...
+    def forget_masters(self) -> None: ...
+
+
+# What schedules change in a solver's groups.
+SCHEDULED = ("lr", "betas", "momentum")
 
 
 class TrainingState:
@@ -57,6 +65,7 @@ class TrainingState:
 
     def __init__(self, module: nn.Module, places: Places, boundary: Boundary | None) -> None:
         self.module, self.places, self.boundary = module, places, boundary
+        self._plain: dict[str, Tensor] = {}  # filled by a load: random state, step counts of replicas
         self._weights = {id(layer.weight): name for name, layer in rso_layers(module)}
 
     # -- plain values --------------------------------------------------------------------------------
@@ -73,9 +82,9 @@ class TrainingState:
             "parameters": self._parameters(),
             "dense": dense_description(self.module),
             "steps": {name: step for name, step in steps.items() if step is not None},
-            "lrs": [float(group["lr"]) for group in solver.param_groups],
+            "groups": [{k: _plain(group[k]) for k in SCHEDULED if k in group} for group in solver.param_groups],
             "replicas": self.places.replicas,
-            "keeps": self.places.keeps(),
+            "keeps": self.places.holds(),
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         }
 
@@ -83,9 +92,9 @@ class TrainingState:
         named = {n: [list(full_shape(p)), _dtype(p), p.requires_grad] for n, p in self.module.named_parameters()}
         return named | {n: [list(b.shape), _dtype(b), False] for n, b in self._buffers()}
 
-    def check(self, state: dict[str, Any], source: str) -> None:
-        """Raise ``RSOCheckpointError`` if ``state`` is not of this model, solver and configuration."""
-        mine = self.describe()
+    def check(self, state: dict[str, Any], mine: dict[str, Any], source: str) -> None:
+        """Raise ``RSOCheckpointError`` if ``state`` is not of this model, solver and configuration, of which ``mine``
+        is what ``describe`` says."""
         missing = sorted(set(mine) - set(state))
         if missing:
             raise RSOCheckpointError(f"{source}: damaged state, no '{missing[0]}'.")
@@ -105,14 +114,15 @@ class TrainingState:
             raise RSOCheckpointError(
                 f"{source} was trained with solver '{state['solver']}', this run has '{mine['solver']}': use the same."
             )
-        for key, what in (("lrs", "parameter groups"), ("replicas", "replicas that step apart")):
+        for key, what in (("groups", "parameter groups"), ("replicas", "replicas that step apart")):
             here, there = (x if isinstance(x, int) else len(x) for x in (mine[key], state[key]))
             if here != there:
                 raise RSOCheckpointError(f"{source} has {there} {what}, this run {here}: use the same.")
-        lost = sorted(set(state["keeps"]) - set(mine["keeps"]))
-        if lost or ("outer_momentum" in mine["keeps"] and "outer_momentum" not in state["keeps"]):
+        keeps = self.places.keeps()
+        lost = sorted(set(state["keeps"]) - set(keeps))
+        if lost or ("outer_momentum" in keeps and "outer_momentum" not in state["keeps"]):
             raise RSOCheckpointError(
-                f"{source} keeps {state['keeps'] or 'nothing'} beside W, this run {mine['keeps'] or 'nothing'}: set"
+                f"{source} keeps {state['keeps'] or 'nothing'} beside W, this run {keeps or 'nothing'}: set"
                 " 'master_weights' and 'outer_momentum' as they were."
             )
 
@@ -122,15 +132,15 @@ class TrainingState:
         """Everything that this rank has to save, as live memory. Call it between optimizer steps."""
         self.places.begin()
         found: dict[str, Piece] = {}
+        holds = self.places.holds()
         for name, param in self.module.named_parameters():
             shape = full_shape(param)
             start, flat = self.places.model_part(param)
-            if not param.requires_grad:
-                kept = self.places.kept_rows("masters", param) if id(param) in self._weights else None
-                found[f"model.{name}"] = Piece(shape, *(kept or (start, flat)))
-                outer = self.places.kept_rows("outer_momentum", param) if id(param) in self._weights else None
-                if outer is not None:
-                    found[f"outer.{name}"] = Piece(shape, *outer)
+            if not self._trains(param):
+                kept = {what: self.places.kept_rows(what, param) for what in holds if id(param) in self._weights}
+                found[f"model.{name}"] = Piece(shape, *kept.get("masters", (start, flat)))
+                if "outer_momentum" in kept:
+                    found[f"outer.{name}"] = Piece(shape, *kept["outer_momentum"])
                 continue
             prefix = self._prefix()
             part = self.places.solver_part(param)
@@ -141,25 +151,28 @@ class TrainingState:
                 if moment is not None:
                     found[f"{prefix}{key}.{name}"] = Piece(shape, part.start, moment)
         for name, buffer in self._buffers():
-            found[f"model.{name}"] = Piece(tuple(buffer.shape), 0, _flat(buffer, name))
-        for name, value in _random_state().items():
-            found[f"rng.{_rank()}.{name}"] = Piece(tuple(value.shape), 0, value)
+            found[f"model.{name}"] = Piece(tuple(buffer.shape), 0, flat_memory(buffer))
+        for name, value in (_random_state() | self._apart_steps()).items():
+            found[name] = Piece(tuple(value.shape), 0, value)
         self.places.end()
-        return found
+        return {name: piece for name, piece in found.items() if math.prod(piece.shape)}
 
     def targets(self, stored: StoredTensors) -> dict[str, list[Piece]]:
         """The memory of this rank that ``stored`` is to fill. Changes nothing but empty solver state."""
         self.places.begin()
+        self.places.forget_masters()
         found: dict[str, list[Piece]] = {}
+        keeps = self.places.keeps()
         for name, param in self.module.named_parameters():
             shape = full_shape(param)
             copy = Piece(shape, *self.places.model_part(param))
-            if not param.requires_grad:
+            if not self._trains(param):
                 found[f"model.{name}"] = [copy]
-                for what, key in (("masters", "model"), ("outer_momentum", "outer")):
-                    kept = self.places.kept_rows(what, param) if id(param) in self._weights else None
-                    if kept is not None:
-                        found.setdefault(f"{key}.{name}", []).append(Piece(shape, *kept))
+                wider = f"model.{name}" in stored and stored.dtype(f"model.{name}").itemsize > param.element_size()
+                if id(param) in self._weights and "masters" in keeps and wider:
+                    found[f"model.{name}"].append(Piece(shape, *self.places.kept_rows("masters", param)))
+                if id(param) in self._weights and "outer_momentum" in keeps:
+                    found[f"outer.{name}"] = [Piece(shape, *self.places.kept_rows("outer_momentum", param))]
                 continue
             prefix = self._prefix()
             if f"{prefix}moment1.{name}" in stored:
@@ -173,10 +186,11 @@ class TrainingState:
                     else:
                         moment.zero_()  # saved before the first step
         for name, buffer in self._buffers():
-            found[f"model.{name}"] = [Piece(tuple(buffer.shape), 0, _flat(buffer, name))]
-        self._random = {n: v for n, v in _random_state().items() if f"rng.{_rank()}.{n}" in stored}
-        for name, value in self._random.items():
-            found[f"rng.{_rank()}.{name}"] = [Piece(tuple(value.shape), 0, value)]
+            found[f"model.{name}"] = [Piece(tuple(buffer.shape), 0, flat_memory(buffer))]
+        self._plain = {n: v for n, v in _random_state().items() if n in stored} | self._apart_steps()
+        for name, value in self._plain.items():
+            found[name] = [Piece(tuple(value.shape), 0, value)]
+        found = {name: pieces for name, pieces in found.items() if math.prod(pieces[0].shape)}
         for name, pieces in found.items():
             if name not in stored or stored.shape(name) != pieces[0].shape:
                 raise RSOCheckpointError(
@@ -186,11 +200,15 @@ class TrainingState:
 
     def loaded(self, state: dict[str, Any]) -> None:
         """Set the plain values, after ``targets`` have been filled."""
-        for name, param in self._trainable():
-            self.places.set_solver_step(param, state["steps"].get(name, 0))
-        for group, lr in zip(self.places.solver.param_groups, state["lrs"], strict=True):
-            group["lr"] = lr
-        _set_random_state(self._random)
+        trainable = self._trainable()
+        steps = [state["steps"].get(name, 0) for name, _ in trainable]
+        if self.places.replicas > 1:
+            steps = self._plain[f"{self._prefix()}steps"].tolist()
+        for (_, param), step in zip(trainable, steps, strict=True):
+            self.places.set_solver_step(param, step)
+        for group, saved in zip(self.places.solver.param_groups, state["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in group})
+        _set_random_state(self._plain)
         self.places.reloaded()
         self.places.end()
         if self.boundary is not None:
@@ -198,8 +216,16 @@ class TrainingState:
             self.boundary.check_replicas()
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
-        trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
-        return [(n, p) for n, p in trained if self.places.solver_key(p) is not None]
+        return [(n, p) for n, p in self.module.named_parameters() if self._trains(p)]
+
+    def _trains(self, param: nn.Parameter) -> bool:
+        return param.requires_grad and self.places.solver_key(param) is not None
+
+    def _apart_steps(self) -> dict[str, Tensor]:
+        if self.places.replicas == 1:
+            return {}
+        steps = [self.places.solver_step(param) or 0 for _, param in self._trainable()]
+        return {f"{self._prefix()}steps": torch.tensor(steps, dtype=torch.int64)}
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         persistent = []
@@ -221,21 +247,19 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _flat(tensor: Tensor, name: str) -> Tensor:
-    if not tensor.is_contiguous():
-        raise RSOUnsupportedError(f"'{name}' is not contiguous in memory: make it so before training.")
-    return tensor.detach().view(-1)
+def _plain(value: Any) -> Any:
+    return [float(v) for v in value] if isinstance(value, (tuple, list)) else float(value)
 
 
 def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+    state = {f"rng.{_rank()}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state[f"rng.{_rank()}.cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    if f"rng.{_rank()}.cpu" in state:
+        torch.set_rng_state(state[f"rng.{_rank()}.cpu"])
+    if f"rng.{_rank()}.cuda" in state:
+        torch.cuda.set_rng_state(state[f"rng.{_rank()}.cuda"])

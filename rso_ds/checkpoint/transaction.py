@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,9 +82,18 @@ def _write_model_files(write: Callable[[Path], object], folder: Path) -> None:
 
 def _finish(folder: Path, temporary: Path, entries: dict[str, dict[str, Any]], keep: Retention) -> None:
     folders.commit(temporary, entries)
-    if keep.last:
-        scores = {tag: read_state(folder / tag).get("score") for tag in folders.tags(folder)}
-        folders.prune(folder, keep, {tag: score for tag, score in scores.items() if score is not None})
+    if not keep.last:
+        return
+    scores = {}
+    for tag in folders.tags(folder):
+        with contextlib.suppress(RSOCheckpointError):  # one that cannot be read has no score
+            score = read_state(folder / tag).get("score")
+            if score is not None and math.isfinite(score):
+                scores[tag] = score
+    try:
+        folders.prune(folder, keep, scores)
+    except OSError as error:  # the new one is complete: no reason to end a run
+        warnings.warn(f"older checkpoints in {folder} could not be removed: {error}", stacklevel=1)
 
 
 def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Any]]:

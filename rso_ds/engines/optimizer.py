@@ -69,7 +69,7 @@ class RSO(torch.optim.Optimizer):
         agree_on_setup(layers, config)
         groups = solver_groups(bare.parameters() if params is None else params, layers, {}, config)
         self.solver = build_solver(groups, config)
-        self.skipped_steps, self.step_was_applied = 0, False
+        self.step_was_applied = False
         self.traffic = install()
         if config.proximal:
             self.solver.register_step_pre_hook(proximal_hook(config))
@@ -108,10 +108,15 @@ class RSO(torch.optim.Optimizer):
         if self.step_was_applied:
             self.solver.step()
         else:
-            self.skipped_steps += 1
+            self.boundary.skipped_steps += 1
         if self.step_was_applied or self._shards.replicas > 1:
             self.boundary.step_applied(lrs)
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite."""
+        return self.boundary.skipped_steps
 
     def meet(self) -> None:
         """After local steps (``communicate: "boundary"``): average the ranks' models now, before saving or

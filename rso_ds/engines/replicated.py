@@ -13,6 +13,7 @@ from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.local_steps import OuterMomentum, average_
 from rso_ds.engines.masters import WeightMasters
 from rso_ds.layers import SubspaceLayer, merged_weight
+from rso_ds.layers.partitioned import flat_memory
 from rso_ds.optim.finite import gradients_finite
 
 # Names under which solvers keep the moments of a parameter.
@@ -139,14 +140,14 @@ class ReplicatedShards:
 
     def solver_part(self, param: Any) -> SolverShard:
         key = self.solver_key(param)
-        first, second = (None if m is None else m.view(-1) for m in moments(self.solver.state.get(key, {})))
-        return SolverShard(0, param.numel(), first, second, [] if key is param else [key.data.view(-1)])
+        first, second = (None if m is None else flat_memory(m) for m in moments(self.solver.state.get(key, {})))
+        return SolverShard(0, param.numel(), first, second, [] if key is param else [flat_memory(key)])
 
     # -- what a checkpoint asks ----------------------------------------------------------------------
 
     def model_part(self, param: Any) -> tuple[int, Tensor]:
         """(index of the first element, flat memory) of what this rank holds of ``param`` itself."""
-        return 0, param.detach().view(-1)
+        return 0, flat_memory(param)
 
     def prepare_solver(self, param: Any) -> None:
         """Allocate the solver's state of ``param`` if no step has yet."""
@@ -166,21 +167,31 @@ class ReplicatedShards:
         elif "step" in state:
             state["step"] = step
 
+    def holds(self) -> list[str]:
+        """What of ``keeps`` there is by now: masters are made at the first boundary."""
+        return [
+            name for name in self.keeps() if name != "masters" or (self.weight_masters and self.weight_masters.rows)
+        ]
+
+    def forget_masters(self) -> None:
+        """Before a load: masters that the checkpoint does not bring start from its W."""
+        if self.weight_masters is not None:
+            self.weight_masters.rows = {}
+
     def keeps(self) -> list[str]:
-        """Names of what is kept beside W: "masters", "outer_momentum"."""
+        """Names of what this configuration keeps beside W: "masters", "outer_momentum"."""
         kept = {"masters": self.weight_masters, "outer_momentum": self.outer}
         return [name for name, keeper in kept.items() if keeper is not None]
 
-    def kept_rows(self, what: str, weight: Any) -> tuple[int, Tensor] | None:
-        """(first element, flat fp32 memory) of what this rank keeps beside W, allocated if need be."""
+    def kept_rows(self, what: str, weight: Any) -> tuple[int, Tensor]:
+        """(first element, flat fp32 memory) of what this rank keeps beside W, made from W if need be."""
         name = next(n for n, layer in self.layers.items() if layer.weight is weight)
         if what == "outer_momentum":
-            return None if self.outer is None else (self.model_part(weight)[0], self.outer.rows[name].view(-1))
-        if self.weight_masters is None:
-            return None
+            assert self.outer is not None
+            return self.model_part(weight)[0], flat_memory(self.outer.rows[name])
+        assert self.weight_masters is not None
         rows, start, skip, length = self.merged_part(weight)
-        master = self.weight_masters.of(name, rows)
-        return start, master.view(-1)[skip : skip + length]
+        return start, flat_memory(self.weight_masters.of(name, rows))[skip : skip + length]
 
     def merged_part(self, weight: Any) -> tuple[Tensor, int, int, int]:
         """(rows of W that this rank merges, index in W of its first own element, elements of the rows before that,
@@ -208,9 +219,8 @@ class ReplicatedShards:
     def replicated_moments(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         found = []
         for name, param in {**{f"{n}.B": layer.B for n, layer in self.layers.items()}, **dense}.items():
-            part = self.solver_part(param)
-            moments = (("first", part.first), ("second", part.second))
-            found += [(f"the {which} moment of {name}", m) for which, m in moments if m is not None]
+            of_param = zip(("first", "second"), moments(self.solver.state.get(self.solver_key(param), {})), strict=True)
+            found += [(f"the {which} moment of {name}", self.rows(m)) for which, m in of_param if m is not None]
         return found
 
     def whole(self, checksums: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rso_ds.errors import RSOUnsupportedError
+
 
 def is_partitioned(param: Any) -> bool:
     return hasattr(param, "ds_id")
@@ -21,6 +23,16 @@ def full_shape(param: Any) -> tuple[int, ...]:
 
 def full_numel(param: Any) -> int:
     return int(param.ds_numel if is_partitioned(param) else param.numel())
+
+
+def flat_memory(tensor: Tensor) -> Tensor:
+    """The memory of ``tensor`` as a vector. Raises ``RSOUnsupportedError`` where it does not lie in order."""
+    if not tensor.is_contiguous():
+        raise RSOUnsupportedError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be saved in pieces: make the"
+            " model's parameters contiguous (torch.contiguous_format) before the optimizer is built."
+        )
+    return tensor.detach().view(-1)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ def gradients_finite(params: Iterable[Any], group: Any = None, agree: bool = Tru
     Reads each gradient once. ``agree`` sends one number; gradients that were averaged over the ranks are equal
     and need none.
     """
+    params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
     local: list[Tensor] = [g._local_tensor if isinstance(g, DTensor) else g for g in grads]
     local = [g for g in local if g.numel()]
-    device = local[0].device if local else (grads[0].device if grads else torch.device("cpu"))
+    device = params[0].device  # also where this rank has no gradient: the reduction is there
     norms = torch._foreach_norm(local, torch.inf) if local else []  # the largest magnitude: inf and NaN survive it
     bad = torch.zeros((), device=device)
     if norms:

@@ -80,7 +80,7 @@ class TrainArguments:
         25, "End with an error after so many steps in a row whose loss or gradients are not finite."
     )
     keep_last: int = _flag(2, "Newest checkpoints to keep; 0: all.")
-    keep_best: int = _flag(0, "Of the older ones, keep so many with the lowest held-out loss.")
+    keep_best: int = _flag(0, "Besides, keep the so many of all with the lowest held-out loss.")
     async_save: bool = _flag(
         False, "Write checkpoints in the background (a copy in host memory; not DeepSpeed's AdamW)."
     )

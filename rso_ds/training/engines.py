@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rso_ds.comm.failures import limit_waiting
+from rso_ds.errors import RSOConfigError
 from rso_ds.models import load_model
 from rso_ds.training.arguments import TrainArguments
 from rso_ds.training.distributed import Place
@@ -54,6 +55,10 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size:
     keep_alive = HfDeepSpeedConfig(ds_json) if stage == 3 else None
     model = _model(args, vocab_size)
     is_rso = ds_json["optimizer"]["type"].upper() == "RSO"
+    if args.async_save and not is_rso:
+        raise RSOConfigError(
+            "--async-save: DeepSpeed writes the checkpoints of its own optimizers itself: leave it out."
+        )
     decay = float(ds_json["optimizer"]["params"].get("weight_decay", 0.0))
     initialize = initialize_rso if is_rso else deepspeed.initialize
     engine, *_ = initialize(model=model, model_parameters=decay_groups(model, decay), config=ds_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from rso_ds.checkpoint import Retention, save_dense
 from rso_ds.checkpoint.folder import MANIFEST, automatic_tag, has_checkpoints
+from rso_ds.comm.failures import limit_waiting
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.memory.account import Account, Accountant, model_builder
@@ -158,6 +160,8 @@ class Job:
                 model_files=self.tokenizer.save_pretrained,
                 **background,
             )
+        if background:
+            limit_waiting(timedelta(seconds=self.args.timeout))  # its process group exists from now on
 
     # -- training ------------------------------------------------------------------------------------
 

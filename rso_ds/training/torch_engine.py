@@ -50,8 +50,8 @@ class TorchEngine:
             agree_on_setup(converted.layers, config)  # DDP would fail on unequal shapes in words of its own
             if place.rank == 0:
                 print(summary_table(model, config), flush=True)
-        apart = config is not None and config.communicate == "boundary"
-        extra = self._wrap(place, replicas, apart)
+        self._apart = config is not None and config.communicate == "boundary"
+        extra = self._wrap(place, replicas, self._apart)
         self.traffic = install()
         self.optimizer = _optimizer(self._wrapped, self.module, ds_json, config, extra)
         if isinstance(self.optimizer, RSO):
@@ -114,7 +114,8 @@ class TorchEngine:
         applied = self._step()
         self.skipped_steps += not applied
         self.optimizer.zero_grad(set_to_none=True)
-        if applied and self.scheduler is not None:
+        # Replicas that step apart keep one schedule, whichever of them leaves a step out.
+        if self.scheduler is not None and (applied or self._apart):
             self.scheduler.step()
 
     def _step(self) -> bool:

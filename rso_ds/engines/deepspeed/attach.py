@@ -31,7 +31,10 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     groups = solver.param_groups
     assert all(groups[i][IS_SUBSPACE] for i in where)
     ours = {id(layer.B) for layer in layers.values()}
-    dense = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and id(p) not in ours}
+    trained = {
+        n: p for n, p in engine.module.named_parameters() if p.requires_grad and shards.solver_key(p) is not None
+    }
+    dense = {n: p for n, p in trained.items() if id(p) not in ours}
     boundary = Boundary(config, dict(layers), shards, [groups[i][W_DECAY] for i in where], where, dense)
     boundary.materialize()
     boundary.check_replicas()

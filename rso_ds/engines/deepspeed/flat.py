@@ -86,7 +86,12 @@ class FlatShards(ReplicatedShards):
     def replicated_moments(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         if any(flat.pieces > 1 for flat in self._group_of.values()):
             return []
-        return super().replicated_moments(dense)
+        found = []
+        for name, param in {**{f"{n}.B": layer.B for n, layer in self.layers.items()}, **dense}.items():
+            part = self.solver_part(param)
+            pair = (("first", part.first), ("second", part.second))
+            found += [(f"the {which} moment of {name}", m) for which, m in pair if m is not None]
+        return found
 
     def restart_step(self) -> None:
         for flat in {id(f): f for f in (self._group_of[id(x.B)] for x in self.layers.values())}.values():

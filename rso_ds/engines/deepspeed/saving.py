@@ -29,7 +29,8 @@ def hook_checkpoints(engine: Any, places: Places, boundary: Boundary | None) -> 
     """Replace the engine's two methods, refuse those that would lose W; returns what they work with."""
     own: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
     extras = {} if engine.lr_scheduler is None else {"scheduler": engine.lr_scheduler}
-    checkpoints = Checkpointer(TrainingState(engine.module, places, boundary), extras, own)
+    state = TrainingState(engine.module, places, boundary)
+    checkpoints = Checkpointer(state, extras, own, lambda: refuse_between_micro_batches(engine))
 
     def save_checkpoint(
         save_dir: Any,
@@ -48,7 +49,6 @@ def hook_checkpoints(engine: Any, places: Places, boundary: Boundary | None) -> 
             raise RSOUnsupportedError(
                 "save_latest=False is not supported: 'latest' always names the newest checkpoint."
             )
-        refuse_between_micro_batches(engine)
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         checkpoints.save(save_dir, tag, client_state)
         if dist.get_rank() == 0:
