@@ -135,6 +135,15 @@ def test_error_feedback_keeps_what_rounding_loses_and_forgets_an_overflow():
     assert kept.isfinite().all()
 
 
+def test_a_replica_that_leaves_a_step_out_keeps_the_schedule_and_its_own_counts(results):
+    first, second = (result["one poisoned replica"] for result in results)
+    assert first["lrs"] == second["lrs"]
+    assert (first["skipped"], second["skipped"]) == (0, 1)
+    assert max(first["steps"]) == max(second["steps"]) + 1
+    for result in (first, second):
+        assert result["loaded"] == result["steps"]
+
+
 def test_state_with_other_keepers_is_refused(one_rank):
     def optimizer(**options):
         torch.manual_seed(0)

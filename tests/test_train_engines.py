@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
 
 from rso_ds.checkpoint.export import export_dense
+from rso_ds.checkpoint.transaction import read_checkpoint
 
 LOCAL = ["--set", "optimizer.params.communicate=boundary", "--set", "optimizer.params.outer_momentum=0.3"]
 RUNS = {
@@ -98,12 +99,20 @@ def test_exported_checkpoint_is_the_model_that_the_run_saved(space, finished, na
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if name == "fsdp2-bf16" else 1e-6)
 
 
-def test_foreign_checkpoints_are_refused(space, finished):
-    copy = "crossed"
-    shutil.copytree(space.folder / "ddp", space.folder / copy)
-    done = space.run(copy, "--resume", "auto", "--engine", "fsdp2")
+def test_another_engine_continues_in_the_background(space, finished):
+    """A checkpoint of DDP, by its own folder, under FSDP2, which saves while it trains."""
+    source = str(space.folder / "ddp" / "checkpoints" / f"step{SAVE}")
+    done = space.run("crossed", "--resume", source, "--engine", "fsdp2", "--async-save")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    straight = [m["loss"] for m in space.metrics("ddp") if m["step"] > SAVE]
+    assert [m["loss"] for m in space.metrics("crossed")] == pytest.approx(straight, abs=1e-5)
+    read_checkpoint(space.folder / "crossed" / "checkpoints", f"step{STEPS}")
+
+
+def test_deepspeeds_own_optimizers_do_not_save_in_the_background(space):
+    done = space.run("refused", "--deepspeed", "ds_configs/adamw.json", "--async-save")
     assert done.returncode != 0
-    assert "was saved with engine 'ddp', this run has 'fsdp2'" in done.stdout + done.stderr
+    assert "--async-save: DeepSpeed writes the checkpoints of its own optimizers" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

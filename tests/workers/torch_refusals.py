@@ -217,6 +217,40 @@ def unequal_rank():
     TorchEngine(tiny_llama.build(), ds_json, "ddp", Place(dist.get_rank(), 0, 2, False))
 
 
+def one_poisoned_replica(folder):
+    """Local steps; rank 1 leaves one step out, saves, and goes on from there: lrs and step counts of a rank."""
+    rank = dist.get_rank()
+    params = {"rank": 5, "interval": 3, "communicate": "boundary", "weight_decay": 0.1}
+    schedule = {"warmup_min_lr": 1e-4, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
+    ds_json = {
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "RSO", "params": params},
+        "scheduler": {"type": "WarmupLR", "params": schedule},
+    }
+
+    def start():
+        return TorchEngine(tiny_llama.build(), ds_json, "ddp", Place(rank, rank, 2, False))
+
+    engine = start()
+    for step in range(7):
+        loss = tiny_llama.loss_of(engine, tiny_llama.tokens(step, 4)[2 * rank : 2 * rank + 2])
+        engine.backward(loss * (float("nan") if step == 1 and rank == 1 else 1.0))
+        engine.step()
+    engine.checkpoints.save(folder, "one")
+    again = start()
+    again.checkpoints.load(folder)
+
+    def steps(engine):
+        return [int(s["step"]) for s in engine.optimizer.state.values()]
+
+    return {
+        "lrs": [group["lr"] for group in engine.optimizer.param_groups],
+        "skipped": engine.skipped_steps,
+        "steps": steps(engine),
+        "loaded": steps(again),
+    }
+
+
 def unequal_code():
     real = agreement.code_digest
     agreement.code_digest = lambda: f"{dist.get_rank():016x}"
@@ -290,6 +324,7 @@ for name, (make, options, feedback) in {
     "tied embeddings": (lambda: tiny_llama.build(tie=True), {"targets": TOKENS}, False),
 }.items():
     results["dense_hook"][name] = dense_hook(make, rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, **options), feedback)
+results["one poisoned replica"] = one_poisoned_replica(OUT / "poisoned")
 results["module mode"] = same_as_module_mode()
 torch.save(results, OUT / f"torch_refusals.rank{dist.get_rank()}.pt")
 dist.barrier()
