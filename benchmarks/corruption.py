@@ -74,7 +74,8 @@ def main() -> None:
     args = parser.parse_args()
     everything = {}
     print(
-        "| engine | names at fault | damaged copies | refused | loaded | message names the file | model untouched | wrong |"
+        "| engine | names at fault | damaged copies | refused | loaded | message names the file | model untouched"
+        " | wrong |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, flags in ENGINES.items():
