@@ -73,10 +73,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every case with its message here")
     args = parser.parse_args()
     everything = {}
-    print(
-        "| engine | names at fault | damaged copies | refused | loaded | message names the file | model untouched"
-        " | wrong |"
-    )
+    print("| engine | names at fault | damaged copies | refused | loaded | file named | model untouched | wrong |")
     print("|---|---|---|---|---|---|---|---|")
     for name, flags in ENGINES.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -15,6 +17,24 @@ from rso_ds.training.deepspeed_json import read_json
 from rso_ds.training.distributed import start
 from rso_ds.training.loop import Job
 from rso_ds.training.signals import EXIT_REQUEUE, Interruption, ignore_signals
+
+
+def run_process() -> NoReturn:
+    """``main``, and then the end of the process without the interpreter's last rites.
+
+    Threads of torch's process groups that are still there when Python shuts down abort it now and then ("terminate
+    called without an active exception"): the status would then be that of SIGABRT and not the one meant.
+    """
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -174,6 +174,8 @@ def main() -> None:
             (OUT / "corruption.json").write_text(json.dumps(results, indent=1))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of torch's process groups may abort the interpreter's shutdown
 
 
 main()
