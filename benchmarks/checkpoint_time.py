@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint_time.py --json checkpoint_time.json
 
-Two gloo ranks on this machine, ZeRO-2, bf16 with fp32 masters, one step of 16 tokens a rank before the first save.
-Each save and load is repeated; the median and the range are printed as Markdown. Ours are flushed to the disk,
-hashed and renamed when ``save`` returns, and verified by hash when loaded; DeepSpeed's are neither flushed nor hashed.
+Two gloo ranks on this machine with one thread each, ZeRO-2, bf16 with fp32 masters, one step of 16 tokens a rank
+before the first save. Each save and load is repeated; the median and the range are printed as Markdown. Ours are
+flushed to the disk, hashed and renamed when ``save`` returns, and verified by hash when loaded; DeepSpeed's are
+neither flushed nor hashed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import conftest  # noqa: E402, F401  (settings that every rank needs)
+from environment import prepare
 
+prepare()
 RANKS = 2
 
 
@@ -69,6 +71,7 @@ def worker(rank: int, port: int, method: str, shape: str, repeats: int, out: str
     import deepspeed
 
     deepspeed.init_distributed("gloo")
+    torch.set_num_threads(1)  # as train.py does: two ranks share two cores
     engine = engine_of(method, shape)
     ids = torch.randint(0, 32000, (1, 16))
     engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)

@@ -21,8 +21,10 @@ import torch
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-import conftest  # noqa: E402, F401  (settings that every rank needs)
-from ranks import run_ranks  # noqa: E402
+from environment import prepare
+from ranks import run_ranks
+
+prepare()
 
 
 def count(ranks: int, only: str) -> dict[str, dict[str, Any]]:

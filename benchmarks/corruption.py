@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import conftest  # noqa: F401  (settings that every rank needs)
+from environment import prepare
 from ranks import run_ranks
 
+prepare()
 ENGINES = {
     "ZeRO-2": ["--deepspeed", "ds_configs/rso_zero2.json"],
     "ZeRO-3": ["--deepspeed", "ds_configs/rso_zero3.json"],

@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
-from train_workspace import free_port  # noqa: E402
+from train_workspace import free_port
 
-from rso_ds.comm.counter import install  # noqa: E402
-from rso_ds.training.distributed import Place  # noqa: E402
-from rso_ds.training.steps import Meeting  # noqa: E402
+from rso_ds.comm.counter import install
+from rso_ds.training.distributed import Place
+from rso_ds.training.steps import Meeting
 
 
 def rank_main(rank: int, ranks: int, port: int) -> None:

@@ -21,10 +21,11 @@ import torch
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-import conftest  # noqa: E402, F401  (settings that every rank needs)
-from ranks import run_ranks  # noqa: E402
-from resume_cases import CHAINS, CROSSINGS, SAVE, four_rank_cases, two_rank_cases  # noqa: E402
+from environment import prepare
+from ranks import run_ranks
+from resume_cases import CHAINS, CROSSINGS, SAVE, four_rank_cases, two_rank_cases
 
+prepare()
 PHASES = {"first": 1, "save": 2, "resume": 2, "save4": 4, "resume4": 4, "last": 1}
 
 

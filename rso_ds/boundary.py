@@ -129,7 +129,7 @@ class Boundary:
         self.shards = shards
         self.applied_steps = 0
         self.draw = 0
-        self.skipped_steps = 0  # by engines that do not count for themselves
+        self.skipped_steps = 0  # gradients not finite: neither applied nor counted towards the interval
         self._weight_decays = list(weight_decays)
         self._lr_groups = list(lr_groups)
         self._dense = dict(dense or {})

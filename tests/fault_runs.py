@@ -8,7 +8,6 @@ import sys
 from train_workspace import ROOT, Workspace
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import corruption  # noqa: F401
 import faults
 
 STEPS, SAVE = 24, 5

@@ -200,6 +200,14 @@ def test_a_drifted_replica_is_named_on_every_rank(ranks, what, name):
         assert f"different bits of {name}" in result[f"divergence-{what}"]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_repeated_overflow_ends_with_our_message(ranks, stage):
+    """Scales 4 and 2 are skipped, at 1 it ends."""
+    for result in ranks:
+        message = result[f"lowest scale at zero{stage}"]
+        assert message.startswith("RSOError: gradients overflow fp16 at the lowest loss scale, at step 3, after 2")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_steps_with_infinite_gradients_do_not_count(results, stage):
     """As an fp16 overflow, but in fp32 and on one rank only."""

@@ -1,4 +1,4 @@
-"""``rso-ds export``: checkpoints of one process into Hugging Face models and LoRA adapters."""
+"""``rso-ds export``: checkpoints of one process into Hugging Face models."""
 
 from __future__ import annotations
 
@@ -9,87 +9,19 @@ import sys
 import pytest
 import tiny_llama
 import torch
+from exporting import CASES, STEPS, TOKENS, check_equal, error_of, exported, gpt2, logits, saved, trained
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sealing import reseal
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.checkpoint.export import export_dense
 from rso_ds.checkpoint.lora import export_lora
-from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.checkpoint.weights_file import parse_size
 from rso_ds.cli import main
-
-STEPS = 5  # with interval 3: one boundary, then two steps into the second subspace
-TOKENS = ["default", "embeddings", "head"]
-
-
-def gpt2():
-    torch.manual_seed(0)
-    shape = {"vocab_size": tiny_llama.VOCAB, "n_positions": tiny_llama.SEQ, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
-
-
-def trained(model, steps=STEPS, **options):
-    config = rso_ds.RSOConfig(**{"lr": 1e-2, "rank": 5, "interval": 3, **options})
-    rso_ds.convert(model, config)
-    optimizer = rso_ds.RSO(model, config)
-    for step in range(steps):
-        optimizer.zero_grad()
-        tiny_llama.loss_of(model, tiny_llama.tokens(step, 4)).backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def saved(folder, model, steps=STEPS, **options):
-    """(trained model, checkpoint folder)."""
-    model, optimizer = trained(model, steps, **options)
-    optimizer.checkpointer().save(folder, f"step{steps}")
-    return model.eval(), folder / f"step{steps}"
-
-
-def exported(folder):
-    """All tensors in the weights files of a model folder."""
-    return {n: t for file in sorted(folder.glob("model*.safetensors")) for n, t in load_file(file).items()}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=tiny_llama.tokens(7, 4)).logits
-
-
-def check_equal(model, folder):
-    """Weights as ``dense_state_dict`` has them, bit for bit; returns the loaded model."""
-    expected, found = dense_state_dict(model), exported(folder)
-    tied = {name for name, (_, declared) in StoredModel(folder.parent / "run").tied.items() if declared}
-    assert set(found) == {name for name in expected if name not in tied}
-    for name, tensor in found.items():
-        assert tensor.dtype == expected[name].dtype, name
-        assert torch.equal(tensor, expected[name]), name
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(loaded).__name__ == type(model).__name__
-    state = loaded.state_dict()
-    assert set(state) == set(expected)
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
-    return loaded
-
-
-CASES = {
-    "haar": {},
-    "gaussian": {"sampler": "gaussian"},
-    "coordinate": {"sampler": "coordinate"},
-    "by_shape": {"share_projection": "shape"},
-    "ratio": {"rank": None, "rank_ratio": 0.25},
-    "few_targets": {"targets": ["q_proj", "down_proj"]},
-    "tokens": {"targets": TOKENS},
-    "sgd": {"solver": "sgd", "carry_over": "reset"},
-    "at_the_boundary": {"steps": 3},
-    "before_the_first_step": {"steps": 0},
-    "in_the_first_subspace": {"steps": 2},
-}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -211,65 +143,6 @@ def test_tensors_of_several_dtypes_are_aligned(tmp_path):
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
 
 
-# -- LoRA ------------------------------------------------------------------------------------------------
-
-
-def adapted(folder):
-    """The base model with B A added by hand, as PEFT merges it: in fp64, to be compared."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(folder / "base").double().eval()
-    tensors = {n: t.double() for n, t in load_file(folder / "adapter_model.safetensors").items()}
-    used = set()
-    for name in config["target_modules"]:
-        module, prefix = model.get_submodule(name), f"base_model.model.{name}.lora_"
-        keys = (f"{prefix}embedding_A", f"{prefix}embedding_B")
-        if not isinstance(module, nn.Embedding):
-            keys = (f"{prefix}A.weight", f"{prefix}B.weight")
-        used |= set(keys)
-        a, b = (tensors[key] for key in keys)
-        rank = config["rank_pattern"].get(name, config["r"])
-        assert a.shape[0] == b.shape[1] == rank == config["alpha_pattern"].get(name, config["lora_alpha"])
-        transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
-        module.weight.data += (b @ a).t() if transposed else b @ a
-    assert used == set(tensors)
-    return model
-
-
-@pytest.mark.parametrize("case", ["haar", "coordinate", "ratio", "tokens", "conv1d", "bf16"])
-def test_lora_adapter_over_its_base(tmp_path, case):
-    options, model = CASES.get(case, {}), tiny_llama.build()
-    if case == "conv1d":
-        model = gpt2()
-    if case == "ratio":
-        model = tiny_llama.build(intermediate=20)  # of which the ratio makes smaller ranks
-    if case == "bf16":
-        model = tiny_llama.build(dtype=torch.bfloat16)
-    model, _ = saved(tmp_path / "run", model, **options)
-    export_lora(tmp_path / "run", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
-    assert config["task_type"] == "CAUSAL_LM"
-    assert config["fan_in_fan_out"] == (case == "conv1d")
-    assert bool(config["rank_pattern"]) == (case == "ratio")
-    base, own = exported(tmp_path / "out" / "base"), dict(model.named_parameters())
-    for name, tensor in base.items():  # W as it is, and what trains densely
-        turned = case == "conv1d" and name.removesuffix(".weight") in config["target_modules"]
-        assert torch.equal(tensor.t() if turned else tensor, own[name]), name
-    torch.testing.assert_close(
-        logits(adapted(tmp_path / "out")), logits(model.double()), rtol=0, atol=2e-5 if case != "bf16" else 2e-2
-    )
-
-
-@pytest.mark.parametrize("case", ["haar", "tokens", "ratio", "conv1d"])
-def test_peft_loads_the_adapter(tmp_path, case):
-    peft = pytest.importorskip("peft")
-    model = gpt2() if case == "conv1d" else tiny_llama.build(intermediate=20 if case == "ratio" else 86)
-    model, _ = saved(tmp_path / "run", model, **CASES.get(case, {}))
-    export_lora(tmp_path / "run", tmp_path / "out")
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
-
-
 # -- memory ----------------------------------------------------------------------------------------------
 
 _MEASURE = """
@@ -306,12 +179,6 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
 def run(tmp_path):
     saved(tmp_path / "run", tiny_llama.build())
     return tmp_path / "run"
-
-
-def error_of(*args, kind=rso_ds.RSOError, export=export_dense, **options):
-    with pytest.raises(kind) as caught:
-        export(*args, **options)
-    return str(caught.value)
 
 
 def test_damage_is_found_before_anything_is_written(run, tmp_path):
@@ -374,12 +241,6 @@ def test_foreign_checkpoints(run, tmp_path):
         assert message in error_of(run, tmp_path / "out", kind=rso_ds.RSOCheckpointError)
     assert "no checkpoint to load" in error_of(tmp_path, tmp_path / "out")
     assert "none does not exist" in error_of(tmp_path / "none", tmp_path / "out")
-
-
-def test_tied_layers_are_no_adapter(tmp_path):
-    saved(tmp_path / "run", tiny_llama.build(tie=True), targets=TOKENS)
-    message = error_of(tmp_path / "run", tmp_path / "out", export=export_lora, kind=rso_ds.RSOConfigError)
-    assert "--lora: lm_head.weight is tied to model.embed_tokens.weight" in message
 
 
 def test_values_beyond_fp16(tmp_path):

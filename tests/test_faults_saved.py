@@ -10,7 +10,8 @@ import time
 import pytest
 
 pytest.importorskip("deepspeed")
-from fault_runs import ENGINES, FLAGS, SAVE, copied, corruption, faults, same, undisturbed_run
+import corruption
+from fault_runs import ENGINES, FLAGS, SAVE, copied, faults, same, undisturbed_run
 from train_ranks import TrainRanks
 from train_workspace import Workspace
 

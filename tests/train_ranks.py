@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import conftest  # noqa: F401  (settings that every rank needs)
 from train_workspace import ROOT, free_port
 
 _IMPORTS = ["deepspeed", "transformers.models.llama.modeling_llama", "rso_ds.training.command", "train_ranks"]

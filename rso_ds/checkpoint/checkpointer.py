@@ -17,8 +17,9 @@ from rso_ds.checkpoint.model_files import write_model_files
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors, load_pieces, save_pieces
 from rso_ds.checkpoint.training_state import TrainingState
-from rso_ds.checkpoint.transaction import agreed, read_checkpoint, serialized, write_checkpoint
+from rso_ds.checkpoint.transaction import read_checkpoint, serialized, write_checkpoint
 from rso_ds.comm.counter import install
+from rso_ds.comm.outcome import agreed
 from rso_ds.errors import RSOCheckpointError
 
 
@@ -75,13 +76,13 @@ class Checkpointer:
         self.wait()
         if self._ready is not None:
             agreed(self._ready)
-        state = {**self._state.describe(), "score": None if score is None else float(score)}
         extra = agreed(lambda: self._extra(client_state))
-        pieces = agreed(self._state.pieces)
-        group = None
+        with self._state.at_rest():
+            state = {**self._state.describe(), "score": None if score is None else float(score)}
+            pieces = agreed(self._state.pieces)
+        thread = None if wait else self._background()
+        group = None if wait else self._group
         if not wait:
-            self._start_thread()
-            group = self._group
             pieces = {n: Piece(p.shape, p.start, p.flat.to("cpu", copy=True)) for n, p in pieces.items()}
 
         def write() -> Path:
@@ -96,12 +97,12 @@ class Checkpointer:
                 partial(write_model_files, self._state.module, model_files),
             )
 
-        if self._thread is not None and not wait:
-            self._pending = self._thread.submit(write)
-        else:
+        if thread is None:
             write()
+        else:
+            self._pending = thread.submit(write)
 
-    def _start_thread(self) -> None:
+    def _background(self) -> ThreadPoolExecutor:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
             atexit.register(self._report)
@@ -109,6 +110,7 @@ class Checkpointer:
                 # Collectives of the training's own group would meet those of the next step.
                 self._group = dist.new_group(backend="gloo")
                 install().label(self._group, "other")
+        return self._thread
 
     def _report(self) -> None:
         if self._pending is not None and (error := self._pending.exception()) is not None:
@@ -131,13 +133,14 @@ class Checkpointer:
         """
         self.wait()
         path, state, extra = read_checkpoint(folder, tag)
-        mine = self._state.describe()
-        agreed(lambda: self._check(state, mine, extra, path))
         if check is not None:
             agreed(lambda: check(extra["client"]))
-        targets = agreed(lambda: self._state.targets(StoredTensors(path)))
-        agreed(lambda: load_pieces(targets, path))
-        self._state.loaded(state)
+        with self._state.at_rest():
+            mine = self._state.describe()
+            agreed(lambda: self._check(state, mine, extra, path))
+            targets = agreed(lambda: self._state.targets(StoredTensors(path)))
+            agreed(lambda: load_pieces(targets, path))
+            self._state.loaded(state)
         for name, part in self._extras.items():
             part.load_state_dict(extra["extras"][name])
         for name, part in self._own.items():

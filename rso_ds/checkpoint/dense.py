@@ -29,12 +29,11 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{module_name}." if module_name else ""
         own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-        subspace = isinstance(module, SubspaceLayer)
-        if subspace:
+        if isinstance(module, SubspaceLayer):
             del own["B"]
         own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         new = {n: t for n, t in own.items() if id(t) not in copies}
-        source = dense_layer(module) if subspace and "weight" in new else module  # type: ignore[arg-type]
+        source = dense_layer(module) if isinstance(module, SubspaceLayer) and "weight" in new else module
         with gathered(p for p in new.values() if source is module and isinstance(p, nn.Parameter)):
             for name, tensor in new.items():
                 full = whole(getattr(source, name).detach())

@@ -15,17 +15,18 @@ solver's step counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rso_ds.boundary import Boundary, SolverShard
 from rso_ds.checkpoint.dense import dense_description
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors
+from rso_ds.comm.outcome import rank_of, ranks_of
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import rso_layers
 from rso_ds.layers.partitioned import flat_memory, full_shape
@@ -38,19 +39,44 @@ class Places(Protocol):
     replica: int
     replicas: int
 
-    def begin(self) -> None: ...
-    def end(self) -> None: ...
-    def reloaded(self) -> None: ...
-    def model_part(self, param: Any) -> tuple[int, Tensor]: ...
-    def solver_part(self, param: Any) -> SolverShard: ...
-    def solver_key(self, param: Any) -> Any: ...
-    def prepare_solver(self, param: Any) -> None: ...
-    def solver_step(self, param: Any) -> int | None: ...
-    def set_solver_step(self, param: Any, step: int) -> None: ...
-    def kept_rows(self, what: str, param: Any) -> tuple[int, Tensor]: ...
-    def keeps(self) -> list[str]: ...
-    def holds(self) -> list[str]: ...
-    def forget_masters(self) -> None: ...
+    def begin(self) -> None:
+        """Drop gathered copies of parameters."""
+
+    def end(self) -> None:
+        """Restore what ``begin`` dropped."""
+
+    def reloaded(self) -> None:
+        """A load has changed the memory that the methods below showed."""
+
+    def model_part(self, param: Any) -> tuple[int, Tensor]:
+        """(index of the first element, flat memory) of what this rank holds of ``param`` itself."""
+
+    def solver_key(self, param: Any) -> Any:
+        """The tensor under which the solver keeps the state of ``param``; None if it does not train it."""
+
+    def solver_part(self, param: Any) -> SolverShard:
+        """Moments and fp32 master of ``param`` on this rank."""
+
+    def prepare_solver(self, param: Any) -> None:
+        """Allocate the solver's state of ``param`` if no step has yet."""
+
+    def solver_step(self, param: Any) -> int | None:
+        """The solver's step count of ``param``; None if it keeps none."""
+
+    def set_solver_step(self, param: Any, step: int) -> None:
+        """Set that count, where there is one."""
+
+    def keeps(self) -> list[str]:
+        """What the configuration keeps beside W: "masters" (fp32 copies of W), "outer_momentum"."""
+
+    def holds(self) -> list[str]:
+        """What of ``keeps`` there is by now."""
+
+    def kept_rows(self, what: str, weight: Any) -> tuple[int, Tensor]:
+        """(first element, flat fp32 memory) of what ``keeps`` names, made from W if need be."""
+
+    def forget_masters(self) -> None:
+        """Drop the fp32 copies of W: those that a checkpoint does not bring start from its W."""
 
 
 # What schedules change in a solver's groups.
@@ -68,12 +94,21 @@ class TrainingState:
         self._plain: dict[str, Tensor] = {}  # filled by a load: random state, step counts of replicas
         self._weights = {id(layer.weight): name for name, layer in rso_layers(module)}
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """While it is entered, every rank holds its own part of the model and nothing gathered: ZeRO-3 keeps small
+        parameters whole between steps, FSDP2 the root after an evaluation, in the dtype that it computes in. All
+        ranks enter and leave together."""
+        self.places.begin()
+        try:
+            yield
+        finally:
+            self.places.end()
+
     # -- plain values --------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Ints, floats, strings and lists of them, equal on all ranks, which call this together."""
-        self.places.begin()  # FSDP2's root may still be gathered, in the dtype that it computes in
-        self.places.end()
+        """Ints, floats, strings and lists of them, equal on all ranks. Call it ``at_rest``."""
         solver = self.places.solver
         steps = {name: self.places.solver_step(p) for name, p in self._trainable()}
         return {
@@ -85,7 +120,7 @@ class TrainingState:
             "groups": [{k: _plain(group[k]) for k in SCHEDULED if k in group} for group in solver.param_groups],
             "replicas": self.places.replicas,
             "keeps": self.places.holds(),
-            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            "world_size": ranks_of(),
         }
 
     def _parameters(self) -> dict[str, list[Any]]:
@@ -129,8 +164,7 @@ class TrainingState:
     # -- tensors -------------------------------------------------------------------------------------
 
     def pieces(self) -> dict[str, Piece]:
-        """Everything that this rank has to save, as live memory. Call it between optimizer steps."""
-        self.places.begin()
+        """Everything that this rank has to save, as live memory. Call it ``at_rest``, between optimizer steps."""
         found: dict[str, Piece] = {}
         holds = self.places.holds()
         for name, param in self.module.named_parameters():
@@ -154,12 +188,11 @@ class TrainingState:
             found[f"model.{name}"] = Piece(tuple(buffer.shape), 0, flat_memory(buffer))
         for name, value in (_random_state() | self._apart_steps()).items():
             found[name] = Piece(tuple(value.shape), 0, value)
-        self.places.end()
         return {name: piece for name, piece in found.items() if math.prod(piece.shape)}
 
     def targets(self, stored: StoredTensors) -> dict[str, list[Piece]]:
-        """The memory of this rank that ``stored`` is to fill. Changes nothing but empty solver state."""
-        self.places.begin()
+        """The memory of this rank that ``stored`` is to fill. Call it ``at_rest``; it allocates solver state, and drops
+        fp32 masters of W."""
         self.places.forget_masters()
         found: dict[str, list[Piece]] = {}
         keeps = self.places.keeps()
@@ -199,7 +232,7 @@ class TrainingState:
         return found
 
     def loaded(self, state: dict[str, Any]) -> None:
-        """Set the plain values, after ``targets`` have been filled."""
+        """Set the plain values, after ``targets`` have been filled, still ``at_rest``."""
         trainable = self._trainable()
         steps = [state["steps"].get(name, 0) for name, _ in trainable]
         if self.places.replicas > 1:
@@ -210,7 +243,6 @@ class TrainingState:
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in group})
         _set_random_state(self._plain)
         self.places.reloaded()
-        self.places.end()
         if self.boundary is not None:
             self.boundary.load_state_dict(state["rso"])
             self.boundary.check_replicas()
@@ -239,10 +271,6 @@ class TrainingState:
         return f"replica{self.places.replica}/" if self.places.replicas > 1 else ""
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -252,14 +280,14 @@ def _plain(value: Any) -> Any:
 
 
 def _random_state() -> dict[str, Tensor]:
-    state = {f"rng.{_rank()}.cpu": torch.get_rng_state()}
+    state = {f"rng.{rank_of()}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state[f"rng.{_rank()}.cuda"] = torch.cuda.get_rng_state()
+        state[f"rng.{rank_of()}.cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    if f"rng.{_rank()}.cpu" in state:
-        torch.set_rng_state(state[f"rng.{_rank()}.cpu"])
-    if f"rng.{_rank()}.cuda" in state:
-        torch.cuda.set_rng_state(state[f"rng.{_rank()}.cuda"])
+    if f"rng.{rank_of()}.cpu" in state:
+        torch.set_rng_state(state[f"rng.{rank_of()}.cpu"])
+    if f"rng.{rank_of()}.cuda" in state:
+        torch.cuda.set_rng_state(state[f"rng.{rank_of()}.cuda"])

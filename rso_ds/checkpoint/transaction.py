@@ -1,4 +1,4 @@
-"""All ranks write one checkpoint, or none: what fails on one rank is raised on every rank."""
+"""All ranks write one checkpoint, or none."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from rso_ds.checkpoint import folder as folders
 from rso_ds.checkpoint.folder import Retention
 from rso_ds.checkpoint.model_files import MODEL_FILES
 from rso_ds.checkpoint.state import read_state, write_state
-from rso_ds.comm.failures import failed_write, lost_rank
+from rso_ds.comm.outcome import agreed, gathered, rank_of, ranks_of
 from rso_ds.errors import RSOCheckpointError, RSOError
 
 EXTRA_FILE = "extra.pt"
-T = TypeVar("T")
 
 
 def write_checkpoint(
@@ -41,7 +38,7 @@ def write_checkpoint(
 
     Raises ``RSOCheckpointError`` on every rank if any of them fails; what was there before stays as it was.
     """
-    first = _rank(group) == 0
+    first = rank_of(group) == 0
     temporary = folder / f".{folders.check_tag(tag)}.saving"
     try:
         agreed(lambda: folders.begin(folder, tag) if first else None, group)
@@ -56,9 +53,9 @@ def write_checkpoint(
                 _write_model_files(model_files, temporary / MODEL_FILES)
             return sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
 
-        names = _gathered(agreed(rest, group), group)[0]
-        mine = agreed(lambda: folders.digests(temporary, names[_rank(group) :: _size(group)]), group)
-        entries = {name: entry for part in _gathered(mine, group) for name, entry in part.items()}
+        names = gathered(agreed(rest, group), group)[0]
+        mine = agreed(lambda: folders.digests(temporary, names[rank_of(group) :: ranks_of(group)]), group)
+        entries = {name: entry for part in gathered(mine, group) for name, entry in part.items()}
         agreed(lambda: _finish(folder, temporary, entries, keep) if first else None, group)
     except RSOError as error:
         if first:
@@ -105,10 +102,10 @@ def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, d
 
     def verified() -> Path:
         path = folders.find(Path(folder), tag)
-        folders.verify(path, _rank(), _size())
+        folders.verify(path, rank_of(), ranks_of())
         return path
 
-    agreed(lambda: folders.recover(Path(folder)) if _rank() == 0 else None)
+    agreed(lambda: folders.recover(Path(folder)) if rank_of() == 0 else None)
     path = agreed(verified)  # every share is, before any rank reads a file that another was to verify
     return agreed(lambda: (path, read_state(path), read_extra(path)))
 
@@ -130,45 +127,3 @@ def serialized(extra: Mapping[str, Any]) -> bytes:
             f" and containers of them. {str(error).splitlines()[0][:300]}"
         ) from None
     return buffer.getvalue()
-
-
-def agreed(action: Callable[[], T], group: Any = None) -> T:
-    """What ``action`` returns; if it fails on any rank, ``RSOCheckpointError`` with that rank's message on all."""
-    failure: str | None = None
-    own: Exception | None = None
-    try:
-        result = action()
-    except RSOError as error:
-        failure, own = str(error), error
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        failure = f"rank {rank}: {type(cause).__name__}: {cause}"
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        if lost_rank(error) is not None:
-            raise
-        system = failed_write(error)
-        failure = f"rank {_rank()}: {type(system or error).__name__}: {system or error}"
-        own = None if system else error
-    failures = _gathered(failure, group)
-    first = next((message for message in failures if message is not None), None)
-    if own is not None and failure == first:
-        raise own
-    if first is not None:
-        raise RSOCheckpointError(first)  # the same words on all ranks
-    return result
-
-
-def _gathered(value: T, group: Any = None) -> list[T]:
-    if not dist.is_initialized():
-        return [value]
-    box: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(box, value, group=group)
-    return box
-
-
-def _rank(group: Any = None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _size(group: Any = None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1

@@ -5,7 +5,7 @@ DeepSpeed has its own adapter in ``rso_ds.engines.deepspeed``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,19 +123,14 @@ class RSO(torch.optim.Optimizer):
         evaluating one of them between two boundaries. All ranks call this together."""
         self.boundary.meet()
 
-    def checkpointer(self, own: Mapping[str, Any] | None = None, **extras: Any) -> Checkpointer:
+    def checkpointer(self, **extras: Any) -> Checkpointer:
         """Saves and loads the whole run: model, solver, boundary, random state, and each of ``extras`` (objects
-        with state_dict and load_state_dict, say ``scheduler=scheduler``); ``own`` as in ``Checkpointer``. Every
-        rank makes one."""
-        return Checkpointer(TrainingState(self._bare, self._shards, self.boundary), extras, own)
+        with state_dict and load_state_dict, say ``scheduler=scheduler``). Every rank makes one."""
+        return Checkpointer(TrainingState(self._bare, self._shards, self.boundary), extras)
 
     def follow_solver(self) -> None:
         """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""
         self.param_groups, self.state = self.solver.param_groups, self.solver.state
-
-    def outer_momentum_rows(self) -> dict[str, torch.Tensor]:
-        """Layer name -> fp32 momentum of this rank's rows of W; empty without ``outer_momentum``."""
-        return {} if self._shards.outer is None else self._shards.outer.rows
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.solver.state_dict(), "rso": self.boundary.state_dict(), "rso_rows": self._kept_rows()}

@@ -140,7 +140,7 @@ class ReplicatedShards:
 
     def solver_part(self, param: Any) -> SolverShard:
         key = self.solver_key(param)
-        first, second = (None if m is None else flat_memory(m) for m in moments(self.solver.state.get(key, {})))
+        first, second = (None if m is None else flat_memory(m) for m in self.moments_of(param))
         return SolverShard(0, param.numel(), first, second, [] if key is param else [flat_memory(key)])
 
     # -- what a checkpoint asks ----------------------------------------------------------------------
@@ -219,9 +219,15 @@ class ReplicatedShards:
     def replicated_moments(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         found = []
         for name, param in {**{f"{n}.B": layer.B for n, layer in self.layers.items()}, **dense}.items():
-            of_param = zip(("first", "second"), moments(self.solver.state.get(self.solver_key(param), {})), strict=True)
-            found += [(f"the {which} moment of {name}", self.rows(m)) for which, m in of_param if m is not None]
+            first, second = self.moments_of(param)
+            pair = (("first", first), ("second", second))
+            found += [(f"the {which} moment of {name}", m) for which, m in pair if m is not None]
         return found
+
+    def moments_of(self, param: Any) -> tuple[Tensor | None, Tensor | None]:
+        """This rank's part of the solver's moments of ``param``, in whatever shape."""
+        first, second = moments(self.solver.state.get(self.solver_key(param), {}))
+        return None if first is None else self.rows(first), None if second is None else self.rows(second)
 
     def whole(self, checksums: Tensor) -> Tensor:
         return checksums

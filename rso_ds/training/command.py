@@ -14,7 +14,7 @@ from rso_ds.errors import RSOError
 from rso_ds.training.arguments import parse_arguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.deepspeed_json import read_json
-from rso_ds.training.distributed import start
+from rso_ds.training.distributed import restart_advice, start
 from rso_ds.training.loop import Job
 from rso_ds.training.signals import EXIT_REQUEUE, Interruption, ignore_signals
 
@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             args = parse_arguments(argv)
             ds_json = read_json(args)
             corpus = Corpus(args.data, args.val_fraction, args.val_data, args.text_key)
-            complete = Job(args, ds_json, corpus, start(args.timeout, args.resume)).run(interruption)
+            advice = restart_advice(args.resume)
+            if advice and os.environ.get("RANK") == "0":
+                print(advice, flush=True)
+            complete = Job(args, ds_json, corpus, start(args.timeout)).run(interruption)
         except RSOError as error:
             sys.exit(f"{type(error).__name__}: {error}")
         except OSError as error:

@@ -46,14 +46,12 @@ def restart_advice(resume: str | None) -> str | None:
     )
 
 
-def start(timeout: int, resume: str | None = None) -> Place:
+def start(timeout: int) -> Place:
     """Join the other ranks (as the launcher's environment says; alone without one).
 
-    ``timeout``: seconds that a collective waits for a rank that does not answer; ``resume``: the flag.
+    ``timeout``: seconds that a collective waits for a rank that does not answer. Raises ``RSOError`` if the ranks
+    cannot meet, or if a launcher has started several without telling them.
     """
-    advice = restart_advice(resume)
-    if advice and os.environ["RANK"] == "0":
-        print(advice, flush=True)
     if "RANK" not in os.environ:
         for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MV2_COMM_WORLD_SIZE"):
             if int(os.environ.get(key, 1)) > 1:

@@ -47,7 +47,7 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    from rso_ds.engines.deepspeed import count_traffic, skip_nonfinite_steps
+    from rso_ds.engines.deepspeed import count_traffic, explain_lowest_scale, skip_nonfinite_steps
     from rso_ds.engines.deepspeed import initialize as initialize_rso
 
     stage = (ds_json.get("zero_optimization") or {}).get("stage", 0)
@@ -65,6 +65,7 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size:
     del keep_alive
     if not is_rso:
         count_traffic(engine)
+        explain_lowest_scale(engine)
         skip_nonfinite_steps(engine)
         engine.checkpoints = NativeCheckpoints(engine)
     return engine

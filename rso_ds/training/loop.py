@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rso_ds.checkpoint import Retention, save_dense
 from rso_ds.checkpoint.folder import MANIFEST, automatic_tag, has_checkpoints
 from rso_ds.comm.failures import limit_waiting
+from rso_ds.comm.outcome import agreed
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.memory.account import Account, Accountant, model_builder
@@ -71,25 +72,19 @@ class Job:
         cache = Path(self.args.cache).expanduser()
 
         def load() -> tuple[Any, Path, Path]:
-            tokenizer = load_tokenizer(self._tokenizer_name(), self.corpus, self.args.vocab_size, cache)
-            parts = [token_file(self.corpus, part, tokenizer, cache) for part in ("train", "held_out")]
+            try:
+                tokenizer = load_tokenizer(self._tokenizer_name(), self.corpus, self.args.vocab_size, cache)
+                parts = [token_file(self.corpus, part, tokenizer, cache) for part in ("train", "held_out")]
+            except RSOError:
+                raise
+            except Exception as error:
+                raise RSOConfigError(
+                    f"--data {self.args.data} cannot be prepared: {type(error).__name__}: {error}"
+                ) from error
             return tokenizer, parts[0], parts[1]
 
-        failure: str | None = None
-        result = None
-        if self.place.local_rank == 0:
-            try:
-                result = load()
-            except RSOError as error:
-                failure = str(error)
-            except Exception as error:  # every rank must hear of it, or the others wait for ever
-                failure = f"--data {self.args.data} cannot be prepared: {type(error).__name__}: {error}"
-        failures: list[Any] = [None] * self.place.world_size
-        dist.all_gather_object(failures, failure)
-        for message in failures:
-            if message is not None:
-                raise RSOConfigError(message)
-        return result if result is not None else load()
+        made = agreed(lambda: load() if self.place.local_rank == 0 else None, kind=RSOConfigError)
+        return made if made is not None else load()
 
     def _tokenizer_name(self) -> str | None:
         """``--tokenizer``, else the model's own where its weights are used, else None (train a BPE)."""

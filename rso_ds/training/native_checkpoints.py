@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from rso_ds.checkpoint.folder import Retention
 from rso_ds.checkpoint.model_files import write_model_files
-from rso_ds.checkpoint.transaction import agreed, read_checkpoint, serialized, write_checkpoint
+from rso_ds.checkpoint.transaction import read_checkpoint, serialized, write_checkpoint
+from rso_ds.comm.outcome import agreed
 from rso_ds.errors import RSOCheckpointError
 
 _TAG = "deepspeed"

@@ -38,11 +38,10 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, ds_json: dict[str, Any], kind: str, place: Place, replicas: int = 1) -> None:
         _refuse(ds_json, kind, replicas, place.world_size)
-        self.replicas = replicas
         self.module, self.kind = model.to(place.device), kind
         self.accumulation: int = ds_json["gradient_accumulation_steps"]
         self.clip = float(ds_json.get("gradient_clipping") or 0.0)
-        self.skipped_steps, self._micro = 0, 0
+        self._skipped, self._micro = 0, 0
         self._bf16 = bool((ds_json.get("bf16") or {}).get("enabled"))
         config = rso_config(ds_json) if optimizer_type(ds_json) == "RSO" else None
         if config is not None:
@@ -112,7 +111,6 @@ class TorchEngine:
         if self.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         applied = self._step()
-        self.skipped_steps += not applied
         self.optimizer.zero_grad(set_to_none=True)
         # Replicas that step apart keep one schedule, whichever of them leaves a step out.
         if self.scheduler is not None and (applied or self._apart):
@@ -122,6 +120,7 @@ class TorchEngine:
         """Whether the step was taken: one with infinite or NaN gradients is not."""
         if not isinstance(self.optimizer, RSO):
             if not self._places.finite(self.module.parameters()):
+                self._skipped += 1
                 return False
             self.optimizer.step()
             return True
@@ -131,20 +130,24 @@ class TorchEngine:
     def _checkpointer(self) -> Checkpointer:
         extras = {} if self.scheduler is None else {"scheduler": self.scheduler}
         if isinstance(self.optimizer, RSO):
-            return self.optimizer.checkpointer({"engine": self}, **extras)
+            return self.optimizer.checkpointer(**extras)
         if self.kind == "ddp":
             self._places = ReplicatedShards({}, self.optimizer, next(self.module.parameters()).device)
         else:
             self._places = FSDPShards(self._wrapped, {}, self.optimizer, RSOConfig())
         return Checkpointer(TrainingState(self.module, self._places, None), extras, {"engine": self})
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite."""
+        return self.optimizer.skipped_steps if isinstance(self.optimizer, RSO) else self._skipped
+
     def state_dict(self) -> dict[str, Any]:
-        """What the engine itself counts."""
-        return {"skipped_steps": self.skipped_steps}
+        """What the engine itself counts, where RSO does not."""
+        return {"skipped_steps": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._micro = 0  # counted from the last checkpoint on: only the place inside a step matters
-        self.skipped_steps = state.get("skipped_steps", 0)
+        self._skipped = state.get("skipped_steps", 0)
 
 
 def _refuse(ds_json: dict[str, Any], kind: str, replicas: int, ranks: int) -> None:

@@ -246,6 +246,12 @@ def drift_moment(engine):
     engine.optimizer.state[engine.module.lm_head.weight]["exp_avg_sq"][0, 0] += 1e-3
 
 
+def lowest_scale(stage):
+    """Every step overflows, from a loss scale of 4 on."""
+    engine = engine_of(case(stage, fp16={"enabled": True, "initial_scale_power": 2, "hysteresis": 1}))
+    return message_of(lambda: steps(engine, 0, STEPS, lambda step: float("inf")))
+
+
 def nonfinite(stage):
     """In fp32, the loss of one rank is infinite at two steps: both ranks must leave those out."""
     engine = engine_of(case(stage))
@@ -280,6 +286,8 @@ JOBS["resume-bf16-zero3"] = lambda: resume(case(3, **BF16), str(OUT / "ckbf"), 7
 JOBS["foreign"] = lambda: foreign_checkpoints(OUT / "foreign")
 JOBS["refusals"] = refusals
 JOBS["divergence-w"] = lambda: divergence(1, drift_w)
+for stage in (1, 2, 3):
+    JOBS[f"lowest scale at zero{stage}"] = lambda s=stage: lowest_scale(s)
 JOBS["divergence-w2"] = lambda: divergence(2, drift_w)
 JOBS["divergence-dense"] = lambda: divergence(0, drift_dense)
 JOBS["divergence-moment"] = lambda: divergence(0, drift_moment)

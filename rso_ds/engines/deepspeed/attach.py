@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from rso_ds.boundary import Boundary
 from rso_ds.comm.counter import BACKWARD, install
 from rso_ds.config import RSOConfig
-from rso_ds.engines.deepspeed.loss_scale import scale_loss_at_stage_0
+from rso_ds.engines.deepspeed.loss_scale import explain_lowest_scale, scale_loss_at_stage_0
 from rso_ds.engines.deepspeed.saving import hook_checkpoints
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.errors import RSOUnsupportedError
@@ -41,6 +41,7 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     if config.proximal:
         solver.register_step_pre_hook(proximal_hook(config))
     scale_loss_at_stage_0(engine)
+    explain_lowest_scale(engine)
     skip_nonfinite_steps(engine)
     _hook_step(engine, boundary, solver)
     engine.checkpoints = hook_checkpoints(engine, shards, boundary)
@@ -62,10 +63,10 @@ def skip_nonfinite_steps(engine: Any) -> None:
         @wraps(inner)
         def step(*args: Any, **kwargs: Any) -> Any:
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer.overflow = not gradients_finite(params, agree=False)  # type: ignore[attr-defined]
-            return None if optimizer.overflow else inner(*args, **kwargs)  # type: ignore[attr-defined]
+            bad = engine.optimizer.overflow = not gradients_finite(params, agree=False)  # the engine reads "overflow"
+            return None if bad else inner(*args, **kwargs)
 
-        optimizer.step = step  # type: ignore[method-assign]
+        engine.optimizer.step = step
 
 
 def count_traffic(engine: Any) -> None:
@@ -97,6 +98,7 @@ def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -
         stepped = False
         lrs = [float(group["lr"]) for group in solver.param_groups]  # before the scheduler moves on
         result = inner(*args, **kwargs)
+        boundary.skipped_steps = engine.skipped_steps
         # was_step_applied alone does not know of steps that torch's own GradScaler skipped (ZeRO 0 with
         # fp16 autocast); the solver having run alone does not know of overflows found afterwards.
         if engine.was_step_applied() and stepped:

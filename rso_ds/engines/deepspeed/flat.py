@@ -86,12 +86,11 @@ class FlatShards(ReplicatedShards):
     def replicated_moments(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         if any(flat.pieces > 1 for flat in self._group_of.values()):
             return []
-        found = []
-        for name, param in {**{f"{n}.B": layer.B for n, layer in self.layers.items()}, **dense}.items():
-            part = self.solver_part(param)
-            pair = (("first", part.first), ("second", part.second))
-            found += [(f"the {which} moment of {name}", m) for which, m in pair if m is not None]
-        return found
+        return super().replicated_moments(dense)
+
+    def moments_of(self, param: Any) -> tuple[Tensor | None, Tensor | None]:
+        part = self.solver_part(param)
+        return part.first, part.second
 
     def restart_step(self) -> None:
         for flat in {id(f): f for f in (self._group_of[id(x.B)] for x in self.layers.values())}.values():

@@ -1,4 +1,4 @@
-"""fp16 without ZeRO: make the loss scale apply.
+"""fp16: make the loss scale apply without ZeRO, and say in our words when it can fall no further.
 
 DeepSpeed 0.19.8 scales the loss in ``engine.backward`` only for ZeRO optimizers, while the fp16 optimizers of
 stage 0 always divide the gradients by the loss scale: they train on gradients too small by that factor, and
@@ -13,6 +13,8 @@ from typing import Any
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
+
+from rso_ds.errors import RSOError
 
 
 def scale_loss_at_stage_0(engine: Any) -> None:
@@ -41,3 +43,26 @@ def scale_loss_at_stage_0(engine: Any) -> None:
             handle.remove()
 
     engine.backward = backward
+
+
+def explain_lowest_scale(engine: Any) -> None:
+    """Wrap ``engine.step``: DeepSpeed ends a run whose loss scale can fall no further with a bare ``Exception``.
+
+    The wrapped step raises ``RSOError`` on every rank instead, since all have counted the same overflows.
+    """
+    inner = engine.step
+
+    @wraps(inner)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise RSOError(
+                f"gradients overflow fp16 at the lowest loss scale, at step {engine.global_steps + 1}, after"
+                f" {engine.skipped_steps} skipped steps: look at the data of the last steps, lower the learning rate,"
+                " or use bf16; continue from the newest checkpoint."
+            ) from None
+
+    engine.step = step

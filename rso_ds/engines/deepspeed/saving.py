@@ -99,7 +99,7 @@ def refuse_between_micro_batches(engine: Any) -> None:
 class _Counters:
     """DeepSpeed's own counts, which its logs and schedules follow."""
 
-    _NAMES = ("global_steps", "global_samples", "skipped_steps")
+    _NAMES = ("global_steps", "global_samples")
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -109,7 +109,7 @@ class _Counters:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         engine = self._engine
-        engine.skipped_steps = state.get("skipped_steps", 0)
+        engine.skipped_steps = engine.rso.skipped_steps
         engine.global_steps = state.get("global_steps", engine.rso.applied_steps)
         engine.global_samples = state.get("global_samples", engine.global_steps * engine.train_batch_size())
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
