@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint import Checkpointer, TrainingState
 from rso_ds.checkpoint.folder import write_text
 from rso_ds.checkpoint.training_state import Places
+from rso_ds.comm.outcome import agreed, rank_of
 from rso_ds.errors import RSOUnsupportedError
 
 _SCRIPT = '''"""DeepSpeed puts a conversion script here. Checkpoints of RSO are converted by rso_ds itself."""
@@ -25,7 +24,7 @@ sys.exit("These are checkpoints of rso_ds, from which zero_to_fp32 would lose B 
 '''
 
 
-def hook_checkpoints(engine: Any, places: Places, boundary: Boundary | None) -> Checkpointer:
+def hook_checkpoints(engine: Any, places: Places, boundary: Boundary) -> Checkpointer:
     """Replace the engine's two methods, refuse those that would lose W; returns what they work with."""
     own: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
     extras = {} if engine.lr_scheduler is None else {"scheduler": engine.lr_scheduler}
@@ -51,8 +50,8 @@ def hook_checkpoints(engine: Any, places: Places, boundary: Boundary | None) -> 
             )
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         checkpoints.save(save_dir, tag, client_state)
-        if dist.get_rank() == 0:
-            write_text(Path(save_dir) / "zero_to_fp32.py", _SCRIPT)
+        script = Path(save_dir) / "zero_to_fp32.py"
+        agreed(lambda: write_text(script, _SCRIPT) if rank_of() == 0 else None)
         return True
 
     def load_checkpoint(
