@@ -54,12 +54,16 @@ def run(stage, precision, rso, zero, checkpointing=False, tie=False):
     engine.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes = []  # of attention layers: once in forward, once more where backward recomputes
     for step in range(3):
         ids = tiny_llama.tokens(step, 2)
         if step == 2:
+            for block in model.model.layers:
+                block.self_attn.register_forward_pre_hook(lambda attention, args: passes.append(attention))
             profiler = StepProfiler(engine, checkpointing)
             with profiler:
                 loss = profiler.forward(lambda ids=ids: tiny_llama.loss_of(engine, ids))
+                passes_before_backward = len(passes)
                 engine.backward(loss)
         else:
             loss = tiny_llama.loss_of(engine, ids)
@@ -72,7 +76,8 @@ def run(stage, precision, rso, zero, checkpointing=False, tie=False):
     result = {
         "measured": profiler.result.state,
         "kept": profiler.result.kept_total,
-        "above_state": profiler.result.peak_above_state,
+        "blocks": len(model.model.layers),
+        "passes": [passes_before_backward, len(passes)],
         "device": account.device,
         "host": account.host,
         "missing": account.missing,
