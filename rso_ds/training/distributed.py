@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from rso_ds.cluster.environment import adopt
 from rso_ds.errors import RSOError
 
 
@@ -47,26 +47,14 @@ def restart_advice(resume: str | None) -> str | None:
 
 
 def start(timeout: int) -> Place:
-    """Join the other ranks (as the launcher's environment says; alone without one).
+    """Join the other ranks, whichever launcher started them; alone without one.
 
     ``timeout``: seconds that a collective waits for a rank that does not answer. Raises ``RSOError`` if the ranks
     cannot meet, or if a launcher has started several without telling them.
     """
-    if "RANK" not in os.environ:
-        for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "MV2_COMM_WORLD_SIZE"):
-            if int(os.environ.get(key, 1)) > 1:
-                raise RSOError(
-                    f"{key}={os.environ[key]} but RANK is not set: each process would train alone. Start with the"
-                    " deepspeed launcher or torchrun, or export RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."
-                )
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for key, value in alone.items():
-            os.environ.setdefault(key, str(value))
+    launch = adopt()
     on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = launch.local_rank
     if on_gpu:
         if local_rank >= torch.cuda.device_count():
             raise RSOError(
@@ -77,7 +65,7 @@ def start(timeout: int) -> Place:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+            ranks_here = launch.local_world_size or launch.world_size
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     import deepspeed
 
@@ -88,9 +76,9 @@ def start(timeout: int) -> Place:
     try:
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout))
     except dist.DistError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        where = f"{launch.master_addr}:{launch.master_port} ({launch.launcher})"
         raise RSOError(
-            f"rank {os.environ['RANK']} could not meet the other ranks at {where}: {str(error).splitlines()[0][:300]}"
+            f"rank {launch.rank} could not meet the other ranks at {where}: {str(error).splitlines()[0][:300]}"
             " Look for the first error in the other ranks' logs; --timeout sets how long they are waited for."
         ) from None
     return Place(dist.get_rank(), local_rank, dist.get_world_size(), on_gpu)

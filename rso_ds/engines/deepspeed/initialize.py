@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 
+from rso_ds.cluster.environment import adopt
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.ds_json import (
     RSO_TYPE,
@@ -91,6 +92,8 @@ def initialize(
     table = summary_table(model, rso)  # before ZeRO takes the parameters apart
 
     accelerator = get_accelerator()
+    if not deepspeed.comm.is_initialized():
+        adopt()
     deepspeed.init_distributed(
         accelerator.communication_backend_name(),
         distributed_port=distributed_port,
