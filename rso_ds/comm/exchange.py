@@ -40,7 +40,8 @@ class Exchange:
     """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
     compared at a boundary every ``interval`` steps, with those of dense parameters and of the solver's
     ``moments`` of each; ``interval`` 0: there is none. ``whole_rows``: the carry-over rule looks at whole rows
-    of B, so that those cut between ranks are exchanged."""
+    of B, so that those cut between ranks are exchanged. ``masters``: shapes of the W of which ranks keep fp32
+    copies of some rows each, if W is of low precision."""
 
     parameters: tuple[Parameter, ...]
     projections: int = 0
@@ -49,6 +50,7 @@ class Exchange:
     local_steps: bool = False
     whole_rows: bool = False
     moments: int = 2
+    masters: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, config: RSOConfig) -> Exchange:
@@ -67,7 +69,9 @@ class Exchange:
         whole_rows = CARRY_OVER[config.carry_over].needs_whole_rows
         local_steps = config.communicate == "boundary"
         moments = 2 if config.solver != "sgd" else 1 if config.momentum else 0
-        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows, moments)
+        kept = layers if config.master_weights != "none" else []
+        masters = tuple((layer.out_features, layer.in_features) for layer in kept)
+        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows, moments, masters)
 
     @property
     def trained(self) -> list[Parameter]:
@@ -106,8 +110,7 @@ class Layout:
         sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: engine.itemsize}
         if wanted not in sizes:
             raise RSOConfigError(f"communication_data_type must be fp32, fp16 or bf16, got {wanted!r}.")
-        hpz = (config.get("zero_optimization") or {}).get("zero_hpz_partition_size", 1)
-        return cls(engine, replicas, int(hpz) if engine.stage == 3 else 1, sizes[wanted])
+        return cls(engine, replicas, engine.hpz, sizes[wanted])
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.engine.gpus % self.replicas:
@@ -130,7 +133,7 @@ def transfers(exchange: Exchange, layout: Layout) -> list[Transfer]:
         over = "replicas" if sharded else "world"
         found.append(Transfer("boundary", "all_reduce", over, 4 * trained / exchange.interval, 1 / exchange.interval))
     if exchange.interval:
-        found += _checksums(exchange, layout) + _split_rows(exchange, layout)
+        found += _checksums(exchange, layout) + _split_rows(exchange, layout) + _merged_rows(exchange, layout)
     return [t for t in found if t.payload]
 
 
@@ -258,6 +261,16 @@ def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
         Transfer("boundary", "all_reduce", "world", table / per, 1 / per),
         Transfer("boundary", "all_gather", "world", layout.engine.itemsize * gathered / per, len(ours) / per),
     ]
+
+
+def _merged_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    """Rows of W that each rank has merged into its fp32 copies, where every rank holds W whole."""
+    engine = layout.engine
+    if engine.itemsize == 4 or engine.kind == "fsdp2" or (engine.kind == "zero" and engine.stage == 3):
+        return []
+    rows = sum(-(-rows // engine.gpus) * columns for rows, columns in exchange.masters)
+    per = exchange.interval
+    return [Transfer("boundary", "all_gather", "world", engine.itemsize * rows / per, len(exchange.masters) / per)]
 
 
 def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:

@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> str:
     return text_report(title, accounts, largest)
 
 
-def read_rso_json(path: str) -> dict[str, Any]:
+def read_rso_json(path: str, flag: str = "--deepspeed") -> dict[str, Any]:
     """A DeepSpeed JSON whose RSO keys left "auto" count as defaults. Raises ``RSOConfigError``."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RSOConfigError(f"--deepspeed {path} cannot be read: {error}") from None
+        raise RSOConfigError(f"{flag} {path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise RSOConfigError(f"--deepspeed {path} must hold a JSON object.")
+        raise RSOConfigError(f"{flag} {path} must hold a JSON object.")
     block = config.get("optimizer")
     if isinstance(block, dict) and isinstance(block.get("params"), dict):
         block["params"] = {k: v for k, v in block["params"].items() if v != AUTO}
