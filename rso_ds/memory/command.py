@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> str:
     rso = rso_config(config)
     refuse_unsupported(config)
     hf_config = model_config(args.model, args.vocab_size, args.seq_len)
-    check_sizes(args.micro_batch, args.seq_len, args.gpus, _positions(hf_config))
+    check_sizes(args.micro_batch, args.seq_len, args.gpus, positions(hf_config))
     engine = Engine.from_json(config, args.gpus, args.engine)
 
     accountant = Accountant(model_builder(hf_config), rso, engine, args.gradient_checkpointing)
@@ -81,7 +81,7 @@ def read_rso_json(path: str, flag: str = "--deepspeed") -> dict[str, Any]:
     return config
 
 
-def _positions(hf_config: Any) -> int | None:
+def positions(hf_config: Any) -> int | None:
     """The number of positions of models that learn one embedding for each; others can be extended."""
     if hf_config.model_type in ("gpt2", "opt", "bert", "roberta"):
         return int(hf_config.max_position_embeddings)

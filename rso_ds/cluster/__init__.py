@@ -1,0 +1,1 @@
+"""Nodes, launchers and networks: what a job finds where it starts."""
