@@ -66,8 +66,9 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found["zero3-twice"] = case("zero", "rso", 3, zero=LARGE)
         found["zero3-twice-gas2"] = case("zero", "rso", 3, zero=LARGE, gas=2)
         masters = {"rso": {"rank_ratio": 0.25, "master_weights": "cpu"}, "json": {"bf16": {"enabled": True}}}
-        for stage in (1, 3):
+        for stage in (0, 1, 3):
             found[f"zero{stage}-bf16-masters"] = case("zero", "rso", stage, **masters)
+        found["ddp-bf16-masters"] = case("ddp", **masters)
     if world == 4:
         hpz = {**LARGE, "zero_hpz_partition_size": 2}
         found["hsdp-adamw"] = case("fsdp2", "adamw", replicas=2)

@@ -264,9 +264,10 @@ def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
 
 
 def _merged_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
-    """Rows of W that each rank has merged into its fp32 copies, where every rank holds W whole."""
+    """Rows of W that each rank has merged into its fp32 copies, where every rank holds W whole and in 16 bit
+    (under DDP the main job keeps it in fp32)."""
     engine = layout.engine
-    if engine.itemsize == 4 or engine.kind == "fsdp2" or (engine.kind == "zero" and engine.stage == 3):
+    if engine.itemsize == 4 or engine.kind != "zero" or engine.stage == 3:
         return []
     rows = sum(-(-rows // engine.gpus) * columns for rows, columns in exchange.masters)
     per = exchange.interval
