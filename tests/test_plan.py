@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rso_ds import RSOConfig, convert
 from rso_ds.cli import main
+from rso_ds.cluster.plan import choose
 from rso_ds.cluster.plan_command import memory_bytes
 from rso_ds.cluster.plan_json import DEFAULT_BASE
 from rso_ds.comm.exchange import Exchange, Layout, transfers
@@ -71,12 +73,13 @@ def test_the_text_holds_json_command_and_reasons(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize("flags", [EXAMPLE, [*EXAMPLE, "--gpu-memory", "24GB"]], ids=["stage 1", "hpZ"])
-def test_the_other_commands_and_the_main_job_take_the_json_and_agree(capsys, tmp_path, flags):
+@pytest.mark.parametrize(("memory", "stage", "hpz"), [("40GB", 1, 1), ("20GB", 3, 8)])
+def test_the_other_commands_and_the_main_job_take_the_json_and_agree(capsys, tmp_path, memory, stage, hpz):
     from rso_ds.training.deepspeed_json import fill, read_json
 
-    got = plan(capsys, *flags, "--out", str(tmp_path))
+    got = plan(capsys, *EXAMPLE, "--gpu-memory", memory, "--out", str(tmp_path))
     chosen, path = got["chosen"], str(tmp_path / "rso.json")
+    assert (chosen["stage"], chosen["hpz"]) == (stage, hpz)
     config = json.loads((tmp_path / "rso.json").read_text())
     assert config == got["deepspeed"]
 
@@ -97,7 +100,8 @@ def test_the_other_commands_and_the_main_job_take_the_json_and_agree(capsys, tmp
         assert needed(capsys, str(tmp_path / "other.json"), candidate) == candidate["needed_bytes"]
         assert candidate["needed_bytes"] > got["memory_bytes"]
 
-    main(["comm", "--deepspeed", path, "--gpus", "16", "--nodes", "2", "--link", "25Gbit", "--json"])
+    recompute = ["--gradient-checkpointing"] if chosen["gradient_checkpointing"] else []
+    main(["comm", "--deepspeed", path, "--gpus", "16", "--nodes", "2", "--link", "25Gbit", "--json", *recompute])
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
     assert rows["RSO"]["seconds"] == pytest.approx(chosen["communication_seconds"])
 
@@ -169,7 +173,7 @@ def everything():
             "gradient_accumulation_steps": SHARE // micro,
             "zero_optimization": zero,
         }
-        layout = Layout.from_json(config, GPUS)
+        layout = Layout.from_json(config, GPUS, checkpointing=checkpointing)
         account = Accountant(build, rso, Engine.from_json(config, GPUS), checkpointing).account("rso", micro, SEQ)
         found.append(((stage, hpz, checkpointing, micro), account.needed, transfers(exchange, layout), layout))
     return dense, found
@@ -198,6 +202,16 @@ def test_the_plan_is_that_of_an_exhaustive_loop(capsys, everything, fitting_shar
     got = plan(capsys, *model, *cluster, *rates)["chosen"]
     assert (got["stage"], got["hpz"], got["gradient_checkpointing"], got["micro_batch"]) == expected
     assert got["seconds"] == pytest.approx(fitting[expected])
+
+
+def test_near_ties_go_to_the_simpler_and_never_to_what_does_not_fit():
+    def candidate(needed, seconds, *complexity):
+        return SimpleNamespace(needed=needed, seconds=seconds, complexity=complexity)
+
+    fastest, near, far = candidate(9, 1.0, 3), candidate(10, 1.019, 2), candidate(5, 1.021, 1)
+    assert choose([fastest, near, far, candidate(11, 0.5, 0)], 10) is near
+    assert choose([fastest, far], 10) is fastest
+    assert choose([near], 9) is None
 
 
 # -- bases and files ---------------------------------------------------------------------------------

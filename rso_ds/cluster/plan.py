@@ -146,7 +146,7 @@ def candidates(build: Build, base: dict[str, Any], task: Task, ratio: float | No
             for stage, hpz in shapes:
                 accumulation = task.share // micro_batch
                 config = candidate_json(base, stage, hpz, ratio, micro_batch, accumulation, task.gpus)
-                layout = Layout.from_json(config, task.gpus)
+                layout = Layout.from_json(config, task.gpus, checkpointing=checkpointing)
                 account = accountant.under(layout.engine).account("rso", micro_batch, task.seq_len)
                 if account.missing:
                     raise RSOConfigError(

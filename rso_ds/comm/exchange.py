@@ -24,11 +24,12 @@ from rso_ds.optim import CARRY_OVER
 @dataclass(frozen=True)
 class Parameter:
     """``unit``: index of the transformer block that holds it, None outside; ``group``: index of the optimizer's
-    parameter group, None if frozen."""
+    parameter group, None if frozen; ``last``: of the matrix with which the block ends."""
 
     shape: tuple[int, ...]
     unit: int | None
     group: int | None
+    last: bool = False
 
     @property
     def numel(self) -> int:
@@ -59,10 +60,11 @@ class Exchange:
         layers = [layer for _, layer in rso_layers(model)]
         b = {id(layer.B) for layer in layers}
         unit = {id(p): i for i, name in enumerate(block_names(model)) for p in model.get_submodule(name).parameters()}
+        last = {id(p) for name in block_names(model) for p in _last_matrix(model.get_submodule(name))}
         found = []
         for p in model.parameters():
             kind = 0 if id(p) in b else 1 if p.dim() > 1 else 2
-            found.append(Parameter(tuple(p.shape), unit.get(id(p)), kind if p.requires_grad else None))
+            found.append(Parameter(tuple(p.shape), unit.get(id(p)), kind if p.requires_grad else None, id(p) in last))
         spaces = {id(layer.subspace) for layer in layers}
         if not layers:
             return cls(tuple(found))
@@ -93,24 +95,28 @@ class Transfer:
 @dataclass(frozen=True)
 class Layout:
     """Where the state lies: an ``Engine`` of kind "zero", "ddp" or "fsdp2", over ``replicas`` copies (HSDP);
-    ``hpz``: ranks that share ZeRO++'s secondary copy; ``reduce_itemsize``: bytes of a gradient element sent."""
+    ``hpz``: ranks that share ZeRO++'s secondary copy; ``reduce_itemsize``: bytes of a gradient element sent;
+    ``checkpointing``: backward computes blocks again, for which ZeRO-3 gathers them once more."""
 
     engine: Engine
     replicas: int = 1
     hpz: int = 1
     reduce_itemsize: int = 4
+    checkpointing: bool = False
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any], gpus: int, kind: str = "zero", replicas: int = 1) -> Layout:
+    def from_json(
+        cls, config: Mapping[str, Any], gpus: int, kind: str = "zero", replicas: int = 1, checkpointing: bool = False
+    ) -> Layout:
         """From a DeepSpeed JSON. Raises ``RSOConfigError``."""
         engine = Engine.from_json(config, gpus, kind)
         if kind != "zero":  # the other engines reduce in fp32 and know no secondary copies
-            return cls(engine, replicas)
+            return cls(engine, replicas, checkpointing=checkpointing)
         wanted = config.get("communication_data_type")
         sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: engine.itemsize}
         if wanted not in sizes:
             raise RSOConfigError(f"communication_data_type must be fp32, fp16 or bf16, got {wanted!r}.")
-        return cls(engine, replicas, engine.hpz, sizes[wanted])
+        return cls(engine, replicas, engine.hpz, sizes[wanted], checkpointing)
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.engine.gpus % self.replicas:
@@ -209,30 +215,40 @@ def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
     often = engine.itemsize * sum(-(-p.numel // n) for p in large)
     # Kept from forward to backward where it all fits; gathered anew in backward otherwise.
     twice = sum(p.numel for p in exchange.parameters) > min(engine.max_live, engine.max_reuse)
+    # Checkpointing: the recomputing forward pass gathers too. What is kept all the same, trained parameters where all
+    # fits, and the last matrix, with which recomputing ends and backward begins.
+    again = []
+    if layout.checkpointing:
+        again = [p for p in large if p.unit is not None and not p.last and (twice or p.group is None)]
     if layout.hpz > 1:
-        return [*result, *_with_secondary_copies(exchange, layout, large, once, times * (2 if twice else 1))]
+        gathers = {id(p): times * (2 if twice else 1) for p in large}
+        gathers.update((id(p), gathers[id(p)] + times) for p in again)
+        return [*result, *_with_secondary_copies(exchange, layout, large, once, gathers)]
     if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
         result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
     result.append(Transfer("weights", "all_gather", "world", once + often * times, len(large) * times + 1))
     if twice:
         result.append(Transfer("weights", "all_gather", "world", often * times, len(large) * times))
+    if again:
+        more = engine.itemsize * sum(-(-p.numel // n) for p in again)
+        result.append(Transfer("weights", "all_gather", "world", more * times, len(again) * times))
     return result
 
 
 def _with_secondary_copies(
-    exchange: Exchange, layout: Layout, large: Sequence[Parameter], once: float, gathers: int
+    exchange: Exchange, layout: Layout, large: Sequence[Parameter], once: float, gathers: Mapping[int, int]
 ) -> list[Transfer]:
     """ZeRO++ hpZ: a parameter is gathered over all ranks once after it has changed, and inside its ``hpz`` ranks
-    from then on. What trains changes at every step, W at every boundary."""
+    from then on. What trains changes at every step, W at every boundary. ``gathers``: of each by id, in a step."""
     e, n = layout.engine.itemsize, layout.engine.gpus
     world, inner = once, 0.0
     for p in large:
         fresh = 1.0 if p.group is not None else 1 / exchange.interval if exchange.interval else 0.0
         world += e * -(-p.numel // n) * fresh
-        inner += e * -(-p.numel // layout.hpz) * (gathers - fresh)
+        inner += e * -(-p.numel // layout.hpz) * (gathers[id(p)] - fresh)
     return [
         Transfer("weights", "all_gather", "world", world, len(large)),
-        Transfer("weights", "all_gather", "shards", inner, len(large) * gathers),
+        Transfer("weights", "all_gather", "shards", inner, sum(gathers.values())),
     ]
 
 
@@ -290,6 +306,12 @@ def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:
             Transfer("boundary", "all_reduce", "shards", 8 * copies / exchange.interval, 1 / exchange.interval)
         )
     return result
+
+
+def _last_matrix(block: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the last layer of a block that has a matrix."""
+    layers = [list(m.parameters(recurse=False)) for m in block.modules()]
+    return next((found for found in reversed(layers) if any(p.dim() > 1 for p in found)), [])
 
 
 def _piece(p: Parameter, shards: int) -> int:
