@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from rso_ds.checkpoint import command as export
+from rso_ds.cluster import plan_command as plan
 from rso_ds.comm import command as comm
 from rso_ds.config import RSOConfig
 from rso_ds.ds_json import refuse_unsupported, rso_config
@@ -31,11 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     comm.add_arguments(
         commands.add_parser("comm", help="what ranks exchange in a step, and how long that takes on a given network")
     )
+    plan.add_arguments(
+        commands.add_parser("plan", help="ZeRO stage, rank and batch for a cluster, with the reasons and the job")
+    )
     export.add_arguments(
         commands.add_parser("export", help="a checkpoint as a Hugging Face model, or as a LoRA adapter; no GPU needed")
     )
     args = parser.parse_args(argv)
-    actions = {"export": export.run, "memory": memory.run, "comm": comm.run, "check": _check}
+    actions = {"export": export.run, "memory": memory.run, "comm": comm.run, "plan": plan.run, "check": _check}
     try:
         print(actions[args.command](args))
     except RSOError as error:

@@ -25,6 +25,7 @@ def case(engine: str, method: str = "rso", stage: int = 0, **options: Any) -> di
         "zero": {"reduce_bucket_size": 50_000_000},
         "json": {},
         "gas": 1,
+        "checkpointing": False,
         "replicas": 1,
         "rank": 32,
         "model": "llama-9m",
@@ -64,6 +65,14 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         zero = {"stage3_param_persistence_threshold": 0}
         found["zero3-nothing-kept"] = case("zero", "rso", 3, zero=zero)
         found["zero3-twice"] = case("zero", "rso", 3, zero=LARGE)
+        found["zero3-twice-gas2"] = case("zero", "rso", 3, zero=LARGE, gas=2)
+        found["zero3-twice-checkpointing"] = case("zero", "rso", 3, zero=LARGE, gas=2, checkpointing=True)
+        found["zero3-kept-checkpointing"] = case("zero", "rso", 3, zero=zero, checkpointing=True)
+        found["zero2-checkpointing"] = case("zero", "rso", 2, checkpointing=True)
+        masters = {"rso": {"rank_ratio": 0.25, "master_weights": "cpu"}, "json": {"bf16": {"enabled": True}}}
+        for stage in (0, 1, 3):
+            found[f"zero{stage}-bf16-masters"] = case("zero", "rso", stage, **masters)
+        found["ddp-bf16-masters"] = case("ddp", **masters)
     if world == 4:
         hpz = {**LARGE, "zero_hpz_partition_size": 2}
         found["hsdp-adamw"] = case("fsdp2", "adamw", replicas=2)
@@ -72,6 +81,8 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found["hsdp-local"] = case("fsdp2", replicas=2, rso={"rank_ratio": 0.25, "communicate": "boundary"})
         found["zero3-hpz-adamw"] = case("zero", "adamw", 3, zero=hpz)
         found["zero3-hpz-rso"] = case("zero", "rso", 3, zero=hpz)
+        found["zero3-hpz-rso-gas2"] = case("zero", "rso", 3, zero=hpz, gas=2)
+        found["zero3-hpz-checkpointing"] = case("zero", "rso", 3, zero=hpz, gas=2, checkpointing=True)
     return found
 
 

@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", type=float, default=20.0, help="microseconds a round between nodes [20]")
     parser.add_argument("--engine", choices=_ENGINES, default="zero", help="what trains [zero, at the JSON's stage]")
     parser.add_argument("--replicas", type=int, default=1, help="with fsdp2: copies of the sharded model (HSDP) [1]")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="blocks are computed again, for which ZeRO-3 gathers them again",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> str:
         raise RSOConfigError(
             "'communicate': 'boundary' is not for DeepSpeed: use --engine ddp, or fsdp2 with replicas."
         )
-    layout = Layout.from_json(config, args.gpus, args.engine, args.replicas)
+    layout = Layout.from_json(config, args.gpus, args.engine, args.replicas, args.gradient_checkpointing)
     network = Network(
         args.nodes, bytes_per_second(args.link), bytes_per_second(args.intra_link), latency=args.latency * 1e-6
     )

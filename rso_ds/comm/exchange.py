@@ -24,11 +24,12 @@ from rso_ds.optim import CARRY_OVER
 @dataclass(frozen=True)
 class Parameter:
     """``unit``: index of the transformer block that holds it, None outside; ``group``: index of the optimizer's
-    parameter group, None if frozen."""
+    parameter group, None if frozen; ``last``: of the matrix with which the block ends."""
 
     shape: tuple[int, ...]
     unit: int | None
     group: int | None
+    last: bool = False
 
     @property
     def numel(self) -> int:
@@ -40,7 +41,8 @@ class Exchange:
     """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
     compared at a boundary every ``interval`` steps, with those of dense parameters and of the solver's
     ``moments`` of each; ``interval`` 0: there is none. ``whole_rows``: the carry-over rule looks at whole rows
-    of B, so that those cut between ranks are exchanged."""
+    of B, so that those cut between ranks are exchanged. ``masters``: shapes of the W of which ranks keep fp32
+    copies of some rows each, if W is of low precision."""
 
     parameters: tuple[Parameter, ...]
     projections: int = 0
@@ -49,6 +51,7 @@ class Exchange:
     local_steps: bool = False
     whole_rows: bool = False
     moments: int = 2
+    masters: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, config: RSOConfig) -> Exchange:
@@ -57,17 +60,20 @@ class Exchange:
         layers = [layer for _, layer in rso_layers(model)]
         b = {id(layer.B) for layer in layers}
         unit = {id(p): i for i, name in enumerate(block_names(model)) for p in model.get_submodule(name).parameters()}
+        last = {id(p) for name in block_names(model) for p in _last_matrix(model.get_submodule(name))}
         found = []
         for p in model.parameters():
             kind = 0 if id(p) in b else 1 if p.dim() > 1 else 2
-            found.append(Parameter(tuple(p.shape), unit.get(id(p)), kind if p.requires_grad else None))
+            found.append(Parameter(tuple(p.shape), unit.get(id(p)), kind if p.requires_grad else None, id(p) in last))
         spaces = {id(layer.subspace) for layer in layers}
         if not layers:
             return cls(tuple(found))
         whole_rows = CARRY_OVER[config.carry_over].needs_whole_rows
         local_steps = config.communicate == "boundary"
         moments = 2 if config.solver != "sgd" else 1 if config.momentum else 0
-        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows, moments)
+        kept = layers if config.master_weights != "none" else []
+        masters = tuple((layer.out_features, layer.in_features) for layer in kept)
+        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows, moments, masters)
 
     @property
     def trained(self) -> list[Parameter]:
@@ -89,25 +95,28 @@ class Transfer:
 @dataclass(frozen=True)
 class Layout:
     """Where the state lies: an ``Engine`` of kind "zero", "ddp" or "fsdp2", over ``replicas`` copies (HSDP);
-    ``hpz``: ranks that share ZeRO++'s secondary copy; ``reduce_itemsize``: bytes of a gradient element sent."""
+    ``hpz``: ranks that share ZeRO++'s secondary copy; ``reduce_itemsize``: bytes of a gradient element sent;
+    ``checkpointing``: backward computes blocks again, for which ZeRO-3 gathers them once more."""
 
     engine: Engine
     replicas: int = 1
     hpz: int = 1
     reduce_itemsize: int = 4
+    checkpointing: bool = False
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any], gpus: int, kind: str = "zero", replicas: int = 1) -> Layout:
+    def from_json(
+        cls, config: Mapping[str, Any], gpus: int, kind: str = "zero", replicas: int = 1, checkpointing: bool = False
+    ) -> Layout:
         """From a DeepSpeed JSON. Raises ``RSOConfigError``."""
         engine = Engine.from_json(config, gpus, kind)
         if kind != "zero":  # the other engines reduce in fp32 and know no secondary copies
-            return cls(engine, replicas)
+            return cls(engine, replicas, checkpointing=checkpointing)
         wanted = config.get("communication_data_type")
         sizes = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2, None: engine.itemsize}
         if wanted not in sizes:
             raise RSOConfigError(f"communication_data_type must be fp32, fp16 or bf16, got {wanted!r}.")
-        hpz = (config.get("zero_optimization") or {}).get("zero_hpz_partition_size", 1)
-        return cls(engine, replicas, int(hpz) if engine.stage == 3 else 1, sizes[wanted])
+        return cls(engine, replicas, engine.hpz, sizes[wanted], checkpointing)
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.engine.gpus % self.replicas:
@@ -130,7 +139,7 @@ def transfers(exchange: Exchange, layout: Layout) -> list[Transfer]:
         over = "replicas" if sharded else "world"
         found.append(Transfer("boundary", "all_reduce", over, 4 * trained / exchange.interval, 1 / exchange.interval))
     if exchange.interval:
-        found += _checksums(exchange, layout) + _split_rows(exchange, layout)
+        found += _checksums(exchange, layout) + _split_rows(exchange, layout) + _merged_rows(exchange, layout)
     return [t for t in found if t.payload]
 
 
@@ -206,30 +215,40 @@ def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
     often = engine.itemsize * sum(-(-p.numel // n) for p in large)
     # Kept from forward to backward where it all fits; gathered anew in backward otherwise.
     twice = sum(p.numel for p in exchange.parameters) > min(engine.max_live, engine.max_reuse)
+    # Checkpointing: the recomputing forward pass gathers too. What is kept all the same, trained parameters where all
+    # fits, and the last matrix, with which recomputing ends and backward begins.
+    again = []
+    if layout.checkpointing:
+        again = [p for p in large if p.unit is not None and not p.last and (twice or p.group is None)]
     if layout.hpz > 1:
-        return [*result, *_with_secondary_copies(exchange, layout, large, once, times * (2 if twice else 1))]
+        gathers = {id(p): times * (2 if twice else 1) for p in large}
+        gathers.update((id(p), gathers[id(p)] + times) for p in again)
+        return [*result, *_with_secondary_copies(exchange, layout, large, once, gathers)]
     if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
         result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
     result.append(Transfer("weights", "all_gather", "world", once + often * times, len(large) * times + 1))
     if twice:
         result.append(Transfer("weights", "all_gather", "world", often * times, len(large) * times))
+    if again:
+        more = engine.itemsize * sum(-(-p.numel // n) for p in again)
+        result.append(Transfer("weights", "all_gather", "world", more * times, len(again) * times))
     return result
 
 
 def _with_secondary_copies(
-    exchange: Exchange, layout: Layout, large: Sequence[Parameter], once: float, gathers: int
+    exchange: Exchange, layout: Layout, large: Sequence[Parameter], once: float, gathers: Mapping[int, int]
 ) -> list[Transfer]:
     """ZeRO++ hpZ: a parameter is gathered over all ranks once after it has changed, and inside its ``hpz`` ranks
-    from then on. What trains changes at every step, W at every boundary."""
+    from then on. What trains changes at every step, W at every boundary. ``gathers``: of each by id, in a step."""
     e, n = layout.engine.itemsize, layout.engine.gpus
     world, inner = once, 0.0
     for p in large:
         fresh = 1.0 if p.group is not None else 1 / exchange.interval if exchange.interval else 0.0
         world += e * -(-p.numel // n) * fresh
-        inner += e * -(-p.numel // layout.hpz) * (gathers - fresh)
+        inner += e * -(-p.numel // layout.hpz) * (gathers[id(p)] - fresh)
     return [
         Transfer("weights", "all_gather", "world", world, len(large)),
-        Transfer("weights", "all_gather", "shards", inner, len(large) * gathers),
+        Transfer("weights", "all_gather", "shards", inner, sum(gathers.values())),
     ]
 
 
@@ -260,6 +279,17 @@ def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
     ]
 
 
+def _merged_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
+    """Rows of W that each rank has merged into its fp32 copies, where every rank holds W whole and in 16 bit
+    (under DDP the main job keeps it in fp32)."""
+    engine = layout.engine
+    if engine.itemsize == 4 or engine.kind != "zero" or engine.stage == 3:
+        return []
+    rows = sum(-(-rows // engine.gpus) * columns for rows, columns in exchange.masters)
+    per = exchange.interval
+    return [Transfer("boundary", "all_gather", "world", engine.itemsize * rows / per, len(exchange.masters) / per)]
+
+
 def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:
     """Minimum and maximum of one int64 for each P, and each tensor that several ranks hold."""
     zero = layout.engine.kind == "zero"
@@ -276,6 +306,12 @@ def _checksums(exchange: Exchange, layout: Layout) -> list[Transfer]:
             Transfer("boundary", "all_reduce", "shards", 8 * copies / exchange.interval, 1 / exchange.interval)
         )
     return result
+
+
+def _last_matrix(block: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the last layer of a block that has a matrix."""
+    layers = [list(m.parameters(recurse=False)) for m in block.modules()]
+    return next((found for found in reversed(layers) if any(p.dim() > 1 for p in found)), [])
 
 
 def _piece(p: Parameter, shards: int) -> int:

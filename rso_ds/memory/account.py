@@ -18,7 +18,7 @@ from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.memory.kept import by_kind
 from rso_ds.memory.methods import Method, method
-from rso_ds.memory.states import Engine, state_bytes
+from rso_ds.memory.states import Engine, Sizes, state_bytes
 from rso_ds.memory.trace import Trace, block_names, trace_training
 
 GIB = 2**30
@@ -84,7 +84,15 @@ class Accountant:
     ) -> None:
         self.build, self.config, self.engine, self.checkpointing = build, config, engine, checkpointing
         self.traced = cache(self._traced)
-        self.states = cache(self._states)
+        self.sizes = cache(self._sizes)
+
+    def under(self, engine: Engine) -> Accountant:
+        """The same model sharded otherwise, in the same precision; it is neither counted nor traced again."""
+        if (engine.kind, engine.precision) != (self.engine.kind, self.engine.precision):
+            raise ValueError("another kind of engine or precision needs an Accountant of its own")
+        other = copy.copy(self)  # the caches stay those of the first
+        other.engine = engine
+        return other
 
     def account(self, name: str, micro_batch: int, seq_len: int) -> Account:
         """The account of method ``name`` (a key of ``METHODS``).
@@ -121,12 +129,16 @@ class Accountant:
         chosen.prepare(model)
         return model
 
-    def _states(self, name: str) -> tuple[dict[str, int], dict[str, int]]:
+    def _sizes(self, name: str) -> tuple[Sizes, int]:
+        """(elements, number of transformer blocks) under method ``name``."""
         chosen = method(name, self.config)
         with FakeTensorMode():
             model = self._model(chosen)
-            sizes = chosen.count(model)
-            self.blocks = len(block_names(model))
+            return chosen.count(model), len(block_names(model))
+
+    def states(self, name: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes (on the device, on the host) of all but activations."""
+        sizes, _ = self.sizes(name)
         moments = 1 if name == "rso" and self.config.solver == "sgd" else 2
         masters = self.config.master_weights if name == "rso" else "none"
         places = state_bytes(sizes, self.engine, moments, masters)
@@ -136,11 +148,12 @@ class Accountant:
         chosen = method(name, self.config)
         low = self.engine.kind == "fsdp2" and self.engine.precision != "fp32"
         autocast = torch.bfloat16 if self.engine.precision == "autocast" and not low else None
-        cut = TRACED_BLOCKS if self.blocks > TRACED_BLOCKS else None
+        _, blocks = self.sizes(name)
+        cut = TRACED_BLOCKS if blocks > TRACED_BLOCKS else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return trace_training(
-                lambda: self._model(chosen, cut), micro_batch, seq_len, autocast, self.checkpointing, self.blocks
+                lambda: self._model(chosen, cut), micro_batch, seq_len, autocast, self.checkpointing, blocks
             )
 
 

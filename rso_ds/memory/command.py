@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> str:
     rso = rso_config(config)
     refuse_unsupported(config)
     hf_config = model_config(args.model, args.vocab_size, args.seq_len)
-    check_sizes(args.micro_batch, args.seq_len, args.gpus, _positions(hf_config))
+    check_sizes(args.micro_batch, args.seq_len, args.gpus, positions(hf_config))
     engine = Engine.from_json(config, args.gpus, args.engine)
 
     accountant = Accountant(model_builder(hf_config), rso, engine, args.gradient_checkpointing)
@@ -67,21 +67,21 @@ def run(args: argparse.Namespace) -> str:
     return text_report(title, accounts, largest)
 
 
-def read_rso_json(path: str) -> dict[str, Any]:
+def read_rso_json(path: str, flag: str = "--deepspeed") -> dict[str, Any]:
     """A DeepSpeed JSON whose RSO keys left "auto" count as defaults. Raises ``RSOConfigError``."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RSOConfigError(f"--deepspeed {path} cannot be read: {error}") from None
+        raise RSOConfigError(f"{flag} {path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise RSOConfigError(f"--deepspeed {path} must hold a JSON object.")
+        raise RSOConfigError(f"{flag} {path} must hold a JSON object.")
     block = config.get("optimizer")
     if isinstance(block, dict) and isinstance(block.get("params"), dict):
         block["params"] = {k: v for k, v in block["params"].items() if v != AUTO}
     return config
 
 
-def _positions(hf_config: Any) -> int | None:
+def positions(hf_config: Any) -> int | None:
     """The number of positions of models that learn one embedding for each; others can be extended."""
     if hf_config.model_type in ("gpt2", "opt", "bert", "roberta"):
         return int(hf_config.max_position_embeddings)

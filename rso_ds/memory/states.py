@@ -58,6 +58,7 @@ class Engine:
     persistence: int = 100_000
     overlap_comm: bool = False
     contiguous: bool = True
+    hpz: int = 1  # ranks that share ZeRO++'s secondary copy of the parameters at stage 3; 1: there is none
 
     @property
     def itemsize(self) -> int:
@@ -89,6 +90,7 @@ class Engine:
             sub_group=_integer(zero, "sub_group_size", 1_000_000_000),
             overlap_comm=stage == 3 if overlap in (None, "auto") else bool(overlap),
             contiguous=bool(zero.get("contiguous_gradients", True)),
+            hpz=max(1, _integer(zero, "zero_hpz_partition_size", 1)) if stage == 3 else 1,
         )
 
 
@@ -127,6 +129,9 @@ def _zero(sizes: Sizes, engine: Engine, moments: int, places: dict[str, dict[str
     cut = g if stage == 3 else 1
     parameters["weights"] = e * (sizes.frozen + sizes.dense) // cut
     parameters["B or adapters"] = e * sizes.subspace // cut
+    if engine.hpz > 1:
+        parameters["weights"] += e * (sizes.frozen + sizes.dense) // engine.hpz
+        parameters["B or adapters"] += e * sizes.subspace // engine.hpz
     share = g if stage else 1
     states["solver state"] = 4 * moments * (trained if sizes.solver is None else sizes.solver) // share
     if stage or e < 4:

@@ -90,7 +90,7 @@ def predicted(spec, model):
     method(name, rso).prepare(model)
     exchange = Exchange.of(model, rso)
     kind = spec["engine"]
-    layout = Layout.from_json(ds_json(spec), dist.get_world_size(), kind, spec["replicas"])
+    layout = Layout.from_json(ds_json(spec), dist.get_world_size(), kind, spec["replicas"], spec["checkpointing"])
     is_powersgd = spec["method"] == "powersgd"
     found = powersgd(exchange, layout, spec["rank"]) if is_powersgd else transfers(exchange, layout)
     totals = dict.fromkeys(("gradient", "weights", "boundary"), 0.0)
@@ -106,6 +106,8 @@ def run(spec):
         method("lora", rso_ds.RSOConfig(**spec["rso"])).prepare(model)
     engine = engine_of(spec, model)
     engine.train()
+    if spec["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     traffic = engine.traffic
     generator = torch.Generator().manual_seed(dist.get_rank())
     marks = []
