@@ -20,7 +20,7 @@ from rso_ds.cluster.doctor.disks import check_folders, check_output, check_share
 from rso_ds.cluster.doctor.extensions import check_extensions, extensions_folder
 from rso_ds.cluster.doctor.gpus import check_gpus
 from rso_ds.cluster.doctor.launcher import check_launcher
-from rso_ds.cluster.doctor.limits import checked, limited
+from rso_ds.cluster.doctor.limits import checked, in_short, limited
 from rso_ds.cluster.doctor.meeting import NotMet, diagnosis, meet
 from rso_ds.cluster.doctor.network import check_network
 from rso_ds.cluster.doctor.ops import build_ops, check_ops
@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     except NotMet as error:
         _apart(args, launch, [*mine, error.finding])
     except Exception as error:
-        first = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        text = f"rank {launch.rank} met the others, then lost one: {first}; {diagnosis(launch)}"
+        text = f"rank {launch.rank} met the others, then lost one: {in_short(error)}; {diagnosis(launch)}"
         remedy = "read the first error in the other ranks' logs; slow links: --timeout, --all-reduce-mb"
         _apart(args, launch, [*mine, Finding("meeting", FAILED, text, remedy)])
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -40,3 +41,9 @@ def checked(name: str, check: Callable[[], Sequence[Finding]], seconds: float) -
         return [Finding(name, FAILED, f"{error}: a file system, driver or name server hangs", "look at the node")]
     except Exception as error:  # a check that stumbles must not hide what the others found
         return [Finding(name, NOT_CHECKED, f"{type(error).__name__}: {str(error)[:300]}")]
+
+
+def in_short(error: BaseException) -> str:
+    """First line of what ``error`` says, without the places in C++ source files."""
+    lines = re.sub(r"\[(?:enforce fail at )?\S+\.(?:cc|cpp|h|hpp):\d+\]\.?\s*", "", str(error)).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from rso_ds.cluster.doctor.interfaces import interfaces, route_to
-from rso_ds.cluster.doctor.limits import limited
+from rso_ds.cluster.doctor.limits import in_short, limited
 from rso_ds.cluster.doctor.report import FAILED, Finding
 from rso_ds.cluster.environment import Launch
 from rso_ds.errors import RSOError
@@ -34,6 +36,11 @@ def meet(launch: Launch, seconds: float) -> None:
 
     In two steps, so that the words fit: rank 0 must be reached, and then every rank every other.
     """
+    with _quiet():
+        _meet(launch, seconds)
+
+
+def _meet(launch: Launch, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     try:
         store = limited(lambda: _store(launch, seconds), seconds + _GRACE)
@@ -54,7 +61,7 @@ def meet(launch: Launch, seconds: float) -> None:
     try:
         limited(connect, left.total_seconds() + _GRACE)
     except Exception as error:
-        raise NotMet(_unconnected(error)) from None
+        raise NotMet(_unconnected(launch, error)) from None
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
@@ -81,6 +88,8 @@ def diagnosis(launch: Launch) -> str:
 def _store(launch: Launch, seconds: float) -> Any:
     # torchrun's agent keeps a store of its own at this address, unless told not to share it.
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if launch.rank > 0 or shared:
+        _listening(launch, time.monotonic() + seconds)
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
@@ -91,6 +100,19 @@ def _store(launch: Launch, seconds: float) -> Any:
         multi_tenant=True,
     )
     return dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _listening(launch: Launch, deadline: float) -> None:
+    """Wait until rank 0's port takes connections: torch's own waiting fills the log with C++ traces. Raises
+    ``OSError`` at the deadline."""
+    while True:
+        try:
+            socket.create_connection((launch.master_addr, launch.master_port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _absent(store: Any, launch: Launch, deadline: float) -> list[int]:
@@ -106,13 +128,16 @@ def _absent(store: Any, launch: Launch, deadline: float) -> list[int]:
 
 
 def _unreached(launch: Launch, error: Exception) -> Finding:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if launch.rank == 0 and "EADDRINUSE" in str(error) + first:
+    if launch.rank == 0 and "EADDRINUSE" in str(error):
         text = f"rank 0 cannot listen at port {launch.master_port}: another process does"
         return Finding("meeting", FAILED, text, f"export MASTER_PORT={launch.master_port + 1}, on all ranks")
     remedy = "see that rank 0 runs, that all have its MASTER_ADDR and MASTER_PORT, and that no firewall is in between"
     text = f"rank {launch.rank} did not reach rank 0: {diagnosis(launch)}"
-    return Finding("meeting", FAILED, f"{text} [{first[:200]}]", remedy)
+    if not isinstance(error, OSError):
+        text += f"; {in_short(error)}"
+    elif text.endswith("TCP connects"):
+        text += ", but what listens there does not answer as torch's store does"
+    return Finding("meeting", FAILED, text, remedy)
 
 
 def _gone(launch: Launch) -> Finding:
@@ -129,7 +154,25 @@ def _incomplete(launch: Launch, absent: Sequence[int], seconds: float) -> Findin
     return Finding("meeting", FAILED, text, "read the logs of the ranks that did not come; --timeout waits longer")
 
 
-def _unconnected(error: Exception) -> Finding:
-    first = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-    text = f"all ranks reached rank 0, but not each other: {first}; this is {socket.gethostname()}"
-    return Finding("meeting", FAILED, text, "export GLOO_SOCKET_IFNAME=<interface to the other nodes> on each node")
+def _unconnected(launch: Launch, error: Exception) -> Finding:
+    text = f"all ranks reached rank 0, but not each other: {in_short(error)}; this is {socket.gethostname()}"
+    try:
+        route = route_to(launch.master_addr, launch.master_port, interfaces())
+    except OSError:
+        route = None
+    best = route.name if route and not route.loopback else "<interface to the other nodes>"
+    return Finding("meeting", FAILED, text, f"export GLOO_SOCKET_IFNAME={best} on this node")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the stack traces that torch's C++ writes to stderr for what is raised as well."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -13,21 +13,23 @@ from rso_ds.cluster.environment import Launch
 
 
 def check_network(launch: Launch, on_gpu: bool) -> list[Finding]:
-    """All of it. Several nodes are assumed where the launcher does not say that there is one."""
+    """Names, interfaces, InfiniBand."""
     known = interfaces()
     several = spans_nodes(launch)
     route, findings = _master(launch, known)
     findings += _hostname(several, route)
     findings += _variable("GLOO_SOCKET_IFNAME", known, route, fatal=True)
     findings += _variable("NCCL_SOCKET_IFNAME", known, route, fatal=on_gpu)
-    if several:
+    if several is not False:
         findings += _choice(known, route, "NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME")
     return findings + check_infiniband()
 
 
-def spans_nodes(launch: Launch) -> bool:
-    """Whether the ranks are on several nodes, as far as the launcher says."""
-    return launch.world_size > (launch.local_world_size or 1)
+def spans_nodes(launch: Launch) -> bool | None:
+    """Whether the ranks are on several nodes, None where the launcher does not say."""
+    if launch.world_size == 1 or launch.local_world_size is not None:
+        return launch.world_size > (launch.local_world_size or 1)
+    return False if launch.master_addr in ("localhost", "127.0.0.1", "::1") else None
 
 
 def chosen(pattern: str, names: list[str]) -> list[str]:
@@ -66,7 +68,7 @@ def _master(launch: Launch, known: dict[str, Interface]) -> tuple[Interface | No
     except OSError as error:
         text = f"{launch.master_addr} does not resolve here: {error.strerror}"
         return None, [Finding("MASTER_ADDR", FAILED, text, "export MASTER_ADDR as an address, or add it to /etc/hosts")]
-    if address.startswith("127.") and spans_nodes(launch) and launch.local_world_size is not None:
+    if address.startswith("127.") and spans_nodes(launch):
         text = f"{where} is {address} here: this node itself, but ranks run on several"
         return None, [Finding("MASTER_ADDR", FAILED, text, "export MASTER_ADDR=<address of rank 0's node>")]
     try:
@@ -78,24 +80,20 @@ def _master(launch: Launch, known: dict[str, Interface]) -> tuple[Interface | No
     return route, [Finding("MASTER_ADDR", OK, f"{where} is {address}, {through}")]
 
 
-def _hostname(several: bool, route: Interface | None) -> list[Finding]:
+def _hostname(several: bool | None, route: Interface | None) -> list[Finding]:
+    """A rank of gloo tells the others the address of its host's name, unless GLOO_SOCKET_IFNAME is set."""
     name = socket.gethostname()
-    told = "GLOO_SOCKET_IFNAME" in os.environ
-    best = route.name if route and not route.loopback else "<interface>"
-    remedy = f"export GLOO_SOCKET_IFNAME={best}, or correct /etc/hosts"
-    bad = FAILED if several and not told else OK
     try:
         address = str(socket.getaddrinfo(name, None)[0][4][0])
+        text, local = f"{name} is {address}", address.startswith("127.") or address == "::1"
     except OSError:
-        return [
-            Finding("hostname", bad, f"{name} does not resolve: gloo would use 127.0.0.1", remedy if bad != OK else "")
-        ]
-    if address.startswith("127.") or address == "::1":
-        text = f"{name} is {address}"
-        if bad == FAILED:
-            text += ": gloo would give this to the other nodes as its address"
-        return [Finding("hostname", bad, text, remedy if bad == FAILED else "")]
-    return [Finding("hostname", OK, f"{name} is {address}")]
+        text, local = f"{name} does not resolve, so that gloo takes 127.0.0.1", True
+    if not local or several is False or "GLOO_SOCKET_IFNAME" in os.environ:
+        return [Finding("hostname", OK, text)]
+    best = route.name if route and not route.loopback else "<interface>"
+    text += ": other nodes would be told so, and fail to connect"
+    remedy = f"export GLOO_SOCKET_IFNAME={best}, or correct /etc/hosts"
+    return [Finding("hostname", FAILED if several else WARNING, text, remedy)]
 
 
 def _variable(key: str, known: dict[str, Interface], route: Interface | None, fatal: bool) -> list[Finding]:

@@ -76,7 +76,7 @@ def table(title: str, rows: Sequence[Row]) -> str:
         if row.finding.remedy:
             lines.append(" " * len(head) + "-> " + row.finding.remedy)
     counts = {s: sum(row.finding.status == s for row in rows) for s in statuses}
-    return "\n".join([*lines, ", ".join(f"{n} {status}" for status, n in counts.items())])
+    return "\n".join([*lines, ", ".join(f"{n} {_plural(status, n)}" for status, n in counts.items())])
 
 
 def as_json(title: str, rows: Sequence[Row], measured: dict[str, Any] | None = None) -> str:
@@ -85,6 +85,10 @@ def as_json(title: str, rows: Sequence[Row], measured: dict[str, Any] | None = N
     return json.dumps(
         {"title": title, "failed": failed(rows), "findings": findings, "measured": measured or {}}, indent=2
     )
+
+
+def _plural(status: str, n: int) -> str:
+    return f"{status}s" if status == WARNING and n != 1 else status
 
 
 def _where(ranks: Sequence[int], nodes: Sequence[str]) -> str:
