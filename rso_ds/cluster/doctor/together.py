@@ -82,11 +82,11 @@ def check_placement(everyone: Sequence[Facts]) -> list[Finding]:
     nodes = members(everyone)
     sizes = Counter(len(ranks) for ranks in nodes.values())
     layout = ", ".join(f"{count} node(s) with {size} rank(s)" for size, count in sizes.items())
-    findings = []
+    findings = [Finding("placement", OK, layout)]
     if len(sizes) > 1:
         odd = "; ".join(f"{everyone[ranks[0]].host} has {len(ranks)}" for ranks in list(nodes.values())[:8])
         remedy = "start as many ranks on each node: --nproc-per-node, --ntasks-per-node, slots in the hostfile"
-        findings.append(Finding("placement", WARNING, f"{layout}: {odd}", remedy))
+        findings = [Finding("placement", WARNING, f"{layout}: {odd}", remedy)]
     for host, count in Counter(everyone[ranks[0]].host for ranks in nodes.values()).items():
         if count > 1:
             text = f"{count} nodes call themselves {host}"
@@ -102,7 +102,7 @@ def check_placement(everyone: Sequence[Facts]) -> list[Finding]:
             for local, sharing in _shared([everyone[rank].local_rank for rank in ranks], ranks).items():
                 text = f"{ranks_text(sharing)} on {host} all have local rank {local}"
                 findings.append(Finding("local ranks", WARNING, text, "export LOCAL_RANK, from 0 on each node"))
-    return findings or [Finding("placement", OK, layout)]
+    return findings
 
 
 def check_clocks(everyone: Sequence[Facts]) -> tuple[list[Finding], list[float]]:
