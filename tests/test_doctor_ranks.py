@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,11 +67,11 @@ def test_speed_inside_a_node(cases):
     assert "gloo, 2 ranks; sum correct" in finding["found"]
 
 
-def start_doctor(rank: int, port: int, *flags: str, **env: str) -> subprocess.Popen:
+def start_doctor(rank: int, port: int, *flags: str, program=("-m", "rso_ds.cli"), **env: str) -> subprocess.Popen:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "rso_ds.cli", "doctor", "--all-reduce-mb", "1", *flags],
+        [sys.executable, *program, "doctor", "--all-reduce-mb", "1", *flags],
         env={**os.environ, **place, **where, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -152,13 +154,46 @@ def test_rank_with_another_port():
     assert "TCP does not connect (Connection refused)" in " ".join(other.split())
 
 
-def test_port_that_another_program_has():
+@pytest.mark.parametrize("closes", [False, True])
+def test_port_that_another_program_has(closes):
+    """It may be silent, or hang up on what it does not understand."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         port = s.getsockname()[1]
+        if closes:
+            threading.Thread(target=hang_up, args=[s], daemon=True).start()
         (first, one), (second, other) = ends(*(start_doctor(r, port, "--timeout", "3") for r in range(2)), within=40)
     assert (first, second) == (1, 1)
     assert f"cannot listen at port {port}" in " ".join(one.split())
     assert f"export MASTER_PORT={port + 1}" in one
-    assert "does not answer as torch's store does" in " ".join(other.split())
+    assert f"127.0.0.1:{port} is 127.0.0.1, through lo; TCP connects" in " ".join(other.split())
+    assert closes or "does not answer as torch's store does" in " ".join(other.split())
+
+
+def hang_up(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()
+
+
+@pytest.mark.parametrize("fault", ["os._exit(9)", "time.sleep(1000)"])
+def test_rank_that_dies_or_hangs_after_they_have_met(fault):
+    """The other ends with its own report; so does one that hangs, by itself."""
+    port = free_port()
+    code = f"""
+import os, time
+from rso_ds.cli import main
+from rso_ds.cluster.doctor import command
+command.measure = lambda *args: {fault}
+main()
+"""
+    lost = start_doctor(1, port, "--timeout", "3", program=("-c", code))
+    (first, one), (second, other) = ends(start_doctor(0, port, "--timeout", "3"), lost, within=60)
+    assert first == 1
+    assert "rank 0 met the others, then lost one: " in " ".join(one.split())
+    if fault == "os._exit(9)":
+        assert second == 9
+    else:
+        assert second == 1
+        assert "rank 1 met the others, then lost one: no answer in 9 s" in " ".join(other.split())

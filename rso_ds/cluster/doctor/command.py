@@ -24,7 +24,7 @@ from rso_ds.cluster.doctor.limits import checked, in_short, limited
 from rso_ds.cluster.doctor.meeting import NotMet, diagnosis, meet
 from rso_ds.cluster.doctor.network import check_network
 from rso_ds.cluster.doctor.ops import build_ops, check_ops
-from rso_ds.cluster.doctor.report import FAILED, Finding
+from rso_ds.cluster.doctor.report import FAILED, NOT_CHECKED, Finding
 from rso_ds.cluster.doctor.resources import check_memory, check_open_files, check_threads
 from rso_ds.cluster.doctor.software import check_software
 from rso_ds.cluster.doctor.speed import findings_of, measure
@@ -104,12 +104,15 @@ def _local(args: argparse.Namespace, checkpoint: int | None) -> tuple[Launch, li
             config = read_rso_json(args.deepspeed)
         except RSOConfigError as error:
             found.append(Finding("DeepSpeed JSON", FAILED, str(error), "give all nodes this file"))
-    on_gpu = limited(torch.cuda.is_available, 120)
+    on_gpu = _has_gpu(found)
     here = launch.local_world_size or 1
     add("software", check_software)
     add("GPUs", partial(check_gpus, launch, config), 120)
-    if args.build_ops and launch.local_rank == 0 and not report.failed(report.merged([found], [""])):
-        add("ops", partial(build_ops, config, on_gpu, folder, args.build_timeout), args.build_timeout + 60)
+    if args.build_ops and launch.local_rank == 0:
+        if any(finding.status == FAILED for finding in found):
+            found.append(Finding("build", NOT_CHECKED, "nothing was built: mend what failed first"))
+        else:
+            add("build", partial(build_ops, config, on_gpu, folder, args.build_timeout), args.build_timeout + 60)
     add("ops", partial(check_ops, config, on_gpu, folder))
     add("network", partial(check_network, launch, on_gpu))
     add("output", partial(check_output, args.output, checkpoint))
@@ -119,6 +122,14 @@ def _local(args: argparse.Namespace, checkpoint: int | None) -> tuple[Launch, li
     add("open files", partial(check_open_files, launch.world_size))
     add("threads", partial(check_threads, here))
     return launch, found
+
+
+def _has_gpu(found: list[Finding]) -> bool:
+    try:
+        return limited(torch.cuda.is_available, 120)
+    except TimeoutError as error:
+        found.append(Finding("GPUs", FAILED, f"{error} from the driver", "nvidia-smi; take this node out"))
+        return False
 
 
 def _together(args: argparse.Namespace, launch: Launch, mine: list[Finding], link: float | None) -> int:

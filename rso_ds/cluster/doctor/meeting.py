@@ -88,8 +88,6 @@ def diagnosis(launch: Launch) -> str:
 def _store(launch: Launch, seconds: float) -> Any:
     # torchrun's agent keeps a store of its own at this address, unless told not to share it.
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    if launch.rank > 0 or shared:
-        _listening(launch, time.monotonic() + seconds)
     store = dist.TCPStore(
         launch.master_addr,
         launch.master_port,
@@ -100,19 +98,6 @@ def _store(launch: Launch, seconds: float) -> Any:
         multi_tenant=True,
     )
     return dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _listening(launch: Launch, deadline: float) -> None:
-    """Wait until rank 0's port takes connections: torch's own waiting fills the log with C++ traces. Raises
-    ``OSError`` at the deadline."""
-    while True:
-        try:
-            socket.create_connection((launch.master_addr, launch.master_port), timeout=5).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
 
 
 def _absent(store: Any, launch: Launch, deadline: float) -> list[int]:
@@ -166,13 +151,12 @@ def _unconnected(launch: Launch, error: Exception) -> Finding:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the stack traces that torch's C++ writes to stderr for what is raised as well."""
+    """Without the stack traces that torch's C++ writes to stderr for what is raised as well; for good if it is, since
+    threads left behind go on trying and writing."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    os.close(nothing)
+    yield
+    os.dup2(kept, 2)
+    os.close(kept)
