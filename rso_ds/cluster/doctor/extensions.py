@@ -15,9 +15,8 @@ from pathlib import Path
 from rso_ds.cluster.doctor.disks import mount_of, on_network, size_free
 from rso_ds.cluster.doctor.report import FAILED, OK, WARNING, Finding
 
-# On a shared file system the builder may be on another node, out of sight: so many seconds are its due.
+# A builder on another node, or another user's, is out of sight: so many seconds are its due.
 _PATIENCE = 1800
-_BUILDERS = ("ninja", "nvcc", "cicc", "ptxas", "cudafe++", "c++", "g++", "gcc", "cc1plus", "clang++", "ld")
 
 
 def extensions_folder() -> Path:
@@ -58,25 +57,21 @@ def check_extensions(folder: Path) -> list[Finding]:
     return findings
 
 
-def builders(lock: Path) -> list[int]:
-    """Processes of this machine that hold ``lock`` open, or compile in its folder, as far as this user may see."""
-    target, folder = os.stat(lock), os.path.realpath(lock.parent)
-    found = []
-    for process in _processes():
-        try:
-            builds = os.readlink(process / "cwd") == folder and (process / "comm").read_text().strip() in _BUILDERS
-        except OSError:  # another user's, or gone by now
-            continue
-        if builds or any(os.path.samestat(opened, target) for opened in _opened(process)):
-            found.append(int(process.name))
-    return found
+def holders(lock: Path) -> list[int]:
+    """Processes of this machine that hold ``lock`` open, as far as this user may see.
+
+    Compilers do not count: those of a killed build run on, but only the process that made the lock removes it.
+    """
+    target = os.stat(lock)
+    return [int(p.name) for p in _processes() if any(os.path.samestat(opened, target) for opened in _opened(p))]
 
 
 def _lock(lock: Path) -> Finding:
     name = f"lock of {lock.parent.name}"
     try:
-        age = time.time() - lock.stat().st_mtime
-        pids = builders(lock)
+        stat = lock.stat()
+        age = time.time() - stat.st_mtime
+        pids = holders(lock)
     except FileNotFoundError:
         return Finding(name, OK, "a build has just ended")
     if pids:
@@ -84,8 +79,9 @@ def _lock(lock: Path) -> Finding:
     text = f"{lock} is {_ago(age)} old and no process seen here is building: DeepSpeed would wait for it without a word"
     remedy = f"rm {shlex.quote(str(lock))}"
     _, kind = mount_of(lock)
-    if age < _PATIENCE and on_network(kind):
-        return Finding(name, WARNING, f"{text}, unless another node builds", f"if none does: {remedy}")
+    hidden = "another node" if on_network(kind) else "another user" if os.geteuid() not in (0, stat.st_uid) else ""
+    if age < _PATIENCE and hidden:
+        return Finding(name, WARNING, f"{text}, unless {hidden} builds", f"if none does: {remedy}")
     return Finding(name, FAILED, text, remedy)
 
 
