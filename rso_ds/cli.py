@@ -10,6 +10,7 @@ import torch
 
 from rso_ds.checkpoint import command as export
 from rso_ds.cluster import plan_command as plan
+from rso_ds.cluster.doctor import command as doctor
 from rso_ds.comm import command as comm
 from rso_ds.config import RSOConfig
 from rso_ds.ds_json import refuse_unsupported, rso_config
@@ -38,9 +39,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_arguments(
         commands.add_parser("export", help="a checkpoint as a Hugging Face model, or as a LoRA adapter; no GPU needed")
     )
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor", help="what a job will meet here, and how to mend it; run it as the job's first step"
+        )
+    )
     args = parser.parse_args(argv)
     actions = {"export": export.run, "memory": memory.run, "comm": comm.run, "plan": plan.run, "check": _check}
     try:
+        if args.command == "doctor":
+            sys.exit(doctor.run(args))
         print(actions[args.command](args))
     except RSOError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-# Sourced by the job files of this folder: environment, run, requeue. Parameters are environment
+# Sourced by the job files of this folder: environment, look at the nodes, run, requeue. Parameters are environment
 # variables, given before sbatch: RANKS_PER_NODE=2 sbatch --nodes=2 launch/slurm/torchrun.sbatch ...
 
 : "${VENV:=.venv}"                   # virtual environment, on a file system that all nodes see; "" for none
@@ -8,6 +8,7 @@
 : "${SRUN_FLAGS:=}"                  # such as --container-image=IMAGE --container-mounts=$PWD (enroot with pyxis)
 : "${RESTARTS:=3}"                   # of a crashed run, inside the job
 : "${REQUEUES:=100}"                 # of the job, after a signal or an interruption
+: "${DOCTOR:=1}"                     # 0: start without looking at the nodes first
 
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 1
@@ -51,6 +52,23 @@ wait_for() {
     return "$status"
 }
 
+# check_nodes TRAIN_FLAGS...: one process a node; ends the job if something must be mended first.
+check_nodes() {
+    [ "$DOCTOR" = 0 ] && return
+    local flags=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --deepspeed | --output) flags+=("$1" "$2"); shift ;;
+            --deepspeed=* | --output=*) flags+=("$1") ;;
+        esac
+        shift
+    done
+    say "looking at the nodes"
+    # shellcheck disable=SC2086
+    srun --ntasks-per-node=1 --ntasks="$SLURM_NNODES" $SRUN_FLAGS $RUN_IN python -m rso_ds.cli doctor "${flags[@]}" ||
+        { say "what failed above must be mended first (DOCTOR=0 skips this check)"; exit 1; }
+}
+
 # run COMMAND...: again after a crash, requeued after a signal; never returns.
 run() {
     local attempt status
@@ -67,7 +85,9 @@ run() {
                 exit "$status"
             fi
             say "requeueing"
-            scontrol requeue "$SLURM_JOB_ID"
+            # Once requeued, SLURM ends this script; had it ended before, the job could count as failed.
+            trap - TERM USR1
+            scontrol requeue "$SLURM_JOB_ID" && { sleep 120 & wait; }
             exit "$status"
         fi
     done

@@ -99,7 +99,7 @@ class CommCounter:
         overrides both.
         """
         names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, _node_name())
+        dist.all_gather_object(names, node_name())
         self._nodes, self._groups = names, {}
 
     @property
@@ -200,7 +200,7 @@ def _flat(tensors: Any) -> list[Tensor]:
     return [t for item in tensors for t in _flat(item)]
 
 
-def _node_name() -> str:
+def node_name() -> str:
     if "RSO_DS_NODE" in os.environ:
         return os.environ["RSO_DS_NODE"]
     boot = Path("/proc/sys/kernel/random/boot_id")

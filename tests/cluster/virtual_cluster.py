@@ -24,10 +24,11 @@ def unavailable() -> str | None:
     missing = [name for name in NEEDS if not shutil.which(name, path=_path())]
     if missing:
         return f"{', '.join(missing)} not installed: bash tests/cluster/install.sh"
-    probe = subprocess.run(["ip", "netns", "add", "rso-probe"], capture_output=True, text=True)
-    if probe.returncode:
-        return f"no network namespaces here: {probe.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", "rso-probe"], check=True)
+    probe = _space("probe")
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
     return None
 
 
@@ -68,25 +69,25 @@ class VirtualCluster:
             if path.exists():
                 subprocess.run(["kill", path.read_text().strip()], check=False, capture_output=True)
         time.sleep(1)
-        for name in ("vctl", *self.nodes):
+        for name in map(_space, ("vctl", *self.nodes)):
             inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             if inside:
                 subprocess.run(["kill", "-9", *inside], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
     def popen(self, node: str, command: list[str], cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
         """Start ``command`` on ``node``, its output in a pipe."""
-        inside = 'hostname "$0"; for f in /etc/netns/$0/*; do mount --bind "$f" "/etc/${f##*/}"; done; exec "$@"'
+        inside = 'hostname "$0"; for f in "$1"/*; do mount --bind "$f" "/etc/${f##*/}"; done; shift; exec "$@"'
         # /sys stays as it is (`ip netns exec` would hide /sys/fs/cgroup, without which slurmd does not start).
-        enter = ["nsenter", f"--net=/run/netns/{node}", "unshare", "--uts", "--mount", "--propagation", "private"]
+        network = ["nsenter", f"--net=/run/netns/{_space(node)}"]
+        machine = ["unshare", "--uts", "--mount", "--propagation", "private", "sh", "-c", inside, node]
         environ = {**os.environ, "PATH": _path(), "SLURM_CONF": str(self.root / "slurm.conf"), **env}
         for key in [k for k in environ if k.startswith(("SLURM_", "RANK", "MASTER_")) and k != "SLURM_CONF"]:
             if key not in env:
                 del environ[key]
         return subprocess.Popen(
-            [*enter, "sh", "-c", inside, node, *command], cwd=cwd, env=environ, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            [*network, *machine, str(self.root / "etc"), *command], cwd=cwd, env=environ, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def run(
@@ -117,16 +118,16 @@ class VirtualCluster:
         """``sbatch arguments``; the job's number."""
         return int(self.run("vctl", ["sbatch", "--parsable", *arguments], cwd, **env).split(";")[0])
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """What ``scontrol show job`` says, by key."""
         text = self.run("vctl", ["scontrol", "--oneliner", "show", "job", str(number)])
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
-    def start_now(self, number: int) -> None:
+    def start_now(self, number: int | str) -> None:
         """A requeued job waits two minutes otherwise."""
         self.run("vctl", ["scontrol", "update", f"JobId={number}", "StartTime=now"], check=False)
 
-    def wait(self, number: int, timeout: float) -> dict[str, str]:
+    def wait(self, number: int | str, timeout: float) -> dict[str, str]:
         """The job's record once it has ended."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -155,19 +156,19 @@ class VirtualCluster:
             "nsswitch.conf": "hosts: files\npasswd: files\ngroup: files\nshadow: files\n",
             "resolv.conf": "",
         }
-        for name in ("vctl", *self.nodes):
-            folder = Path("/etc/netns") / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, text in files.items():
-                (folder / file).write_text(text)
+        (self.root / "etc").mkdir()
+        for file, text in files.items():
+            (self.root / "etc" / file).write_text(text)
+        controller = _space("vctl")
+        for name in map(_space, ("vctl", *self.nodes)):
             _ip(f"netns add {name}")
             _ip(f"-n {name} link set lo up")
-        _ip("-n vctl link add br0 type bridge")
-        _ip(f"-n vctl addr add {_NETWORK}.254/24 dev br0")
-        _ip("-n vctl link set br0 up")
-        for i, node in enumerate(self.nodes):
-            _ip(f"-n vctl link add p{i} type veth peer name eth0 netns {node}")
-            _ip(f"-n vctl link set p{i} master br0 up")
+        _ip(f"-n {controller} link add br0 type bridge")
+        _ip(f"-n {controller} addr add {_NETWORK}.254/24 dev br0")
+        _ip(f"-n {controller} link set br0 up")
+        for i, node in enumerate(map(_space, self.nodes)):
+            _ip(f"-n {controller} link add p{i} type veth peer name eth0 netns {node}")
+            _ip(f"-n {controller} link set p{i} master br0 up")
             _ip(f"-n {node} addr add {_NETWORK}.{i + 1}/24 dev eth0")
             _ip(f"-n {node} link set eth0 up")
 
@@ -205,6 +206,11 @@ class VirtualCluster:
         lines.append(f"NodeName={names} CPUs={self.cpus} RealMemory=8000 State=UNKNOWN")
         lines.append(f"PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP OverSubscribe=NO")
         return "\n".join([*lines, ""])
+
+
+def _space(name: str) -> str:
+    """The network namespace, of this process: a cluster that was killed before it was torn down is in nobody's way."""
+    return f"{name}-{os.getpid()}"
 
 
 def _ip(arguments: str) -> None:

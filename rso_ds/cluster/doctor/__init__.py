@@ -1,0 +1,1 @@
+"""``rso-ds doctor``: what a job will meet where it is to run, found before it starts."""
