@@ -32,7 +32,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "liger": ["liger-kernel>=0.6"],
         "bench": ["galore-torch>=1.0", "peft>=0.14"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ninja>=1.11", "matplotlib>=3.8"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "ninja>=1.11", "matplotlib>=3.8", "kubeflow-trainer-api>=2.3"],
         "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.0", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["rso-ds=rso_ds.cli:main"]},

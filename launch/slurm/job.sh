@@ -85,7 +85,7 @@ run() {
                 exit "$status"
             fi
             say "requeueing"
-            # Once requeued, SLURM ends this script; had it ended before, the job could count as failed.
+            # Once the job is requeued, SLURM ends this script.
             trap - TERM USR1
             scontrol requeue "$SLURM_JOB_ID" && { sleep 120 & wait; }
             exit "$status"

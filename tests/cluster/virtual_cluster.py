@@ -5,11 +5,13 @@ slurmctld, slurmd, munged and sshd are Debian's; only the machines are virtual. 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -17,11 +19,11 @@ NEEDS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", 
 _NETWORK = "10.78.0"
 
 
-def unavailable() -> str | None:
-    """Why no cluster can be started here, None if one can."""
+def unavailable(*programs: str) -> str | None:
+    """Why no cluster with ``programs`` can be started here, None if one can."""
     if os.geteuid() != 0:
         return "the virtual cluster needs root (network namespaces)"
-    missing = [name for name in NEEDS if not shutil.which(name, path=_path())]
+    missing = [name for name in (*NEEDS, *programs) if not shutil.which(name, path=_path())]
     if missing:
         return f"{', '.join(missing)} not installed: bash tests/cluster/install.sh"
     probe = _space("probe")
@@ -33,10 +35,12 @@ def unavailable() -> str | None:
 
 
 class VirtualCluster:
-    """Context: ``nodes`` nodes n1, n2, ... of ``cpus`` CPUs and a controller vctl; files in ``root``."""
+    """Context: ``nodes`` nodes n1, n2, ... and a controller vctl; files in ``root``.
 
-    def __init__(self, root: Path, nodes: int, cpus: int = 2) -> None:
-        self.root, self.cpus = root, cpus
+    ``cpus`` and ``gpus``: what SLURM believes that a node has, and gives to jobs."""
+
+    def __init__(self, root: Path, nodes: int, cpus: int = 2, gpus: int = 2) -> None:
+        self.root, self.cpus, self.gpus = root, cpus, gpus
         self.nodes = [f"n{i + 1}" for i in range(nodes)]
         self._daemons: list[Path] = []
 
@@ -47,6 +51,9 @@ class VirtualCluster:
             self._make_network()
             self._start_munge()
             (self.root / "slurm.conf").write_text(self._slurm_conf())
+            for gpu in range(self.gpus):
+                (self.root / f"gpu{gpu}").touch()  # SLURM wants a file for each, and has no other use for it
+            (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpu[0-{self.gpus - 1}]\n")
             self.run("vctl", ["slurmctld"])
             self._daemons.append(self.root / "run/slurmctld.pid")
             for node in self.nodes:
@@ -103,7 +110,7 @@ class VirtualCluster:
         process = self.popen(node, command, cwd, **env)
         out = ""
         try:
-            if command[0] in ("slurmctld", "slurmd"):
+            if command[0] in ("slurmctld", "slurmd", "/usr/sbin/sshd"):
                 process.wait(timeout)  # the daemon keeps the pipe open
             else:
                 out = process.communicate(timeout=timeout)[0]
@@ -114,6 +121,22 @@ class VirtualCluster:
             raise RuntimeError(f"{shlex.join(command)} on {node}: status {process.returncode}\n{out}")
         return out
 
+    def start_ssh(self) -> None:
+        """sshd on every node; root of any node enters every other one by key."""
+        folder = self.root / "etc/ssh"
+        folder.mkdir()
+        for key in ("host_key", "key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+        Path("/run/sshd").mkdir(exist_ok=True)
+        server = {"HostKey": "/etc/ssh/host_key", "AuthorizedKeysFile": "/etc/ssh/key.pub", "StrictModes": "no"}
+        (folder / "sshd_config").write_text(_ssh_settings({**server, "UsePAM": "no", "PermitRootLogin": "yes"}))
+        client = {"IdentityFile": "/etc/ssh/key", "StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null"}
+        (folder / "ssh_config").write_text(_ssh_settings({**client, "LogLevel": "ERROR"}))
+        for node in self.nodes:
+            pid_file = self.root / f"run/sshd.{node}.pid"
+            self.run(node, ["/usr/sbin/sshd", "-o", f"PidFile={pid_file}"])
+            self._daemons.append(pid_file)
+
     def submit(self, cwd: Path, *arguments: str, **env: str) -> int:
         """``sbatch arguments``; the job's number."""
         return int(self.run("vctl", ["sbatch", "--parsable", *arguments], cwd, **env).split(";")[0])
@@ -123,9 +146,12 @@ class VirtualCluster:
         text = self.run("vctl", ["scontrol", "--oneliner", "show", "job", str(number)])
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
-    def start_now(self, number: int | str) -> None:
-        """A requeued job waits two minutes otherwise."""
-        self.run("vctl", ["scontrol", "update", f"JobId={number}", "StartTime=now"], check=False)
+    def start_soon(self, number: int | str) -> None:
+        """SLURM holds a requeued job back for two minutes: three seconds are enough. (Started in the second in which it
+        was ended, slurmd would refuse it as killed.)"""
+        begin = datetime.fromisoformat(self.job(number)["EligibleTime"])
+        if (begin - datetime.now()).total_seconds() > 5:
+            self.run("vctl", ["scontrol", "update", f"JobId={number}", "StartTime=now+3"], check=False)
 
     def wait(self, number: int | str, timeout: float) -> dict[str, str]:
         """The job's record once it has ended."""
@@ -135,7 +161,7 @@ class VirtualCluster:
             if job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
                 return job
             if job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
-                self.start_now(number)
+                self.start_soon(number)
             time.sleep(0.5)
         raise TimeoutError(f"job {number} is {job['JobState']} ({job.get('Reason')}) after {timeout} s")
 
@@ -148,6 +174,13 @@ class VirtualCluster:
                 return
             time.sleep(0.2)
         raise TimeoutError(f"nodes are {states} after {timeout} s; {self.root}/log says why")
+
+    def bytes_sent(self, node: str) -> int:
+        """What ``node`` has sent to other nodes so far: its interface's count, headers included."""
+        shown = subprocess.run(
+            ["ip", "-n", _space(node), "-s", "-j", "link", "show", "eth0"], capture_output=True, text=True, check=True
+        )
+        return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
 
     def _make_network(self) -> None:
         hosts = [f"{_NETWORK}.{i + 1} {node}" for i, node in enumerate(self.nodes)]
@@ -200,10 +233,11 @@ class VirtualCluster:
             "SlurmdPidFile": f"{self.root}/run/slurmd.%n.pid", "StateSaveLocation": f"{self.root}/state",
             "SlurmdSpoolDir": f"{self.root}/spool.%n", "SlurmctldLogFile": f"{self.root}/log/slurmctld.log",
             "SlurmdLogFile": f"{self.root}/log/slurmd.%n.log", "SlurmdParameters": "config_overrides",
+            "GresTypes": "gpu",
         }  # fmt: skip
         lines = [f"{key}={value}" for key, value in settings.items()]
         names = f"n[1-{len(self.nodes)}]"
-        lines.append(f"NodeName={names} CPUs={self.cpus} RealMemory=8000 State=UNKNOWN")
+        lines.append(f"NodeName={names} CPUs={self.cpus} Gres=gpu:{self.gpus} RealMemory=8000 State=UNKNOWN")
         lines.append(f"PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP OverSubscribe=NO")
         return "\n".join([*lines, ""])
 
@@ -211,6 +245,10 @@ class VirtualCluster:
 def _space(name: str) -> str:
     """The network namespace, of this process: a cluster that was killed before it was torn down is in nobody's way."""
     return f"{name}-{os.getpid()}"
+
+
+def _ssh_settings(settings: dict[str, str]) -> str:
+    return "".join(f"{key} {value}\n" for key, value in settings.items())
 
 
 def _ip(arguments: str) -> None:
