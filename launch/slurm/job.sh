@@ -28,9 +28,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( SLURM_CPUS_ON_NODE > RANKS_PER_NOD
 if [ -n "$NETWORK_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
 fi
-# One file a node beside the job's own: torchrun-17.n1.log.
+# One file a node beside the job's own: torchrun-17.n1.log, and sweep-17_3.n1.log of an array.
 mkdir -p logs
-NODE_LOG="logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.%N.log"
+NODE_LOG="logs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+[ -n "${SLURM_ARRAY_JOB_ID:-}" ] || NODE_LOG+=$SLURM_JOB_ID
+NODE_LOG+=".%N.log"
 
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $*"; }
 
@@ -69,10 +71,27 @@ check_nodes() {
         { say "what failed above must be mended first (DOCTOR=0 skips this check)"; exit 1; }
 }
 
+# metrics_of COMMAND...: the file to which launch/train.py, started by it, writes a line after its first step.
+metrics_of() {
+    local output=runs/rso
+    while [ $# -gt 0 ] && [ "$1" != launch/train.py ]; do shift; done
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --output) output=$2 ;;
+            --output=*) output=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$output/metrics.jsonl"
+}
+
 # run COMMAND...: again after a crash, requeued after a signal; never returns.
 run() {
-    local attempt status
+    local attempt status metrics began
+    metrics=$(metrics_of "$@")
+    began=$(mktemp)
     for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
+        touch "$began"
         say "running on $SLURM_JOB_NODELIST (attempt $attempt): $*"
         "$@" &
         wait_for $!
@@ -88,6 +107,11 @@ run() {
             # Once the job is requeued, SLURM ends this script.
             trap - TERM USR1
             scontrol requeue "$SLURM_JOB_ID" && { sleep 120 & wait; }
+            exit "$status"
+        fi
+        # A wrong flag or too little memory would be no better the next time.
+        if ! [ "$metrics" -nt "$began" ] || tail -n 1 "$metrics" | grep -q '"step": 0,'; then
+            say "not started again: it failed before its first step"
             exit "$status"
         fi
     done

@@ -1,16 +1,13 @@
 """One virtual cluster for all tests of this folder; RSO_DS_CLUSTER_NODES (2, or 4) says of how many nodes."""
 
-import os
-
 import pytest
-from jobs import make_work, train_on_one_node
+from jobs import NODES, make_work, train_on_one_node
 from virtual_cluster import VirtualCluster
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    nodes = int(os.environ.get("RSO_DS_CLUSTER_NODES", "2"))
-    with VirtualCluster(tmp_path_factory.mktemp("cluster"), nodes) as cluster:
+    with VirtualCluster(tmp_path_factory.mktemp("cluster"), NODES) as cluster:
         yield cluster
 
 

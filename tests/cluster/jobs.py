@@ -12,6 +12,7 @@ from virtual_cluster import VirtualCluster
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
+NODES = int(os.environ.get("RSO_DS_CLUSTER_NODES", "2"))
 RUN = (
     "--deepspeed ds_configs/rso_zero2.json --model llama-9m --vocab-size 512 --global-batch 8 --micro-batch 2"
     " --seq-len 32 --sample-tokens 0 --log-interval 1 --eval-tokens 2000 --eval-interval 1000 --save-interval 20"

@@ -1,5 +1,9 @@
 """The job files of launch/slurm, run by a real SLURM of virtual nodes: losses of one node, requeues, lost nodes."""
 
+import json
+import os
+import signal
+import subprocess
 import time
 
 import pytest
@@ -7,6 +11,7 @@ import yaml
 from jobs import (
     FILES,
     JOB,
+    NODES,
     RUN,
     flags,
     logs,
@@ -56,6 +61,47 @@ def test_announced_end_is_requeued_and_ends_the_same(cluster, work, undisturbed,
     record = cluster.wait(job, 240)
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "2"), logs(work, name, job)
     assert same_end(output, undisturbed)
+
+
+def test_a_killed_rank_brings_all_back_within_the_job(cluster, work, undisturbed):
+    output = work / "killed"
+    job = submit(cluster, work, "tasks", flags(60, output), DOCTOR="0")
+    wait_for_step(cluster, job, output, 25)
+    ranks = subprocess.run(["pgrep", "-f", f"^python launch/train.py .*{output}$"], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    record = cluster.wait(job, 240)
+    said = logs(work, "tasks", job)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "0"), said
+    assert "(attempt 1)" in said
+    assert same_end(output, undisturbed)
+
+
+def test_a_run_that_cannot_start_is_not_started_again(cluster, work):
+    train = [*flags(2, work / "wrong"), "--set", "optimizer.params.rank_ratio=4.0"]
+    job = submit(cluster, work, "torchrun", train, DOCTOR="0")
+    record = cluster.wait(job, 120)
+    said = logs(work, "torchrun", job)
+    assert record["JobState"] == "FAILED", said
+    assert "rank_ratio" in said
+    assert "not started again" in said
+    assert "(attempt 1)" not in said
+
+
+@pytest.mark.skipif(NODES != 2, reason="one replica a node: two nodes")
+def test_hsdp_sends_between_nodes_what_is_counted_as_such(cluster, work):
+    """By the interface's own count, in a step: the gradients of what trains, a half from each rank of a node."""
+    measured, counted = {}, {}
+    for steps in (10, 40):
+        output = work / f"hsdp-{steps}"
+        before = cluster.bytes_sent("n1")
+        train = [*flags(steps, output), "--engine", "fsdp2", "--replicas", "2"]
+        job = submit(cluster, work, "tasks", train, DOCTOR="0")
+        assert cluster.wait(job, 240)["JobState"] == "COMPLETED", logs(work, "tasks", job)
+        measured[steps] = cluster.bytes_sent("n1") - before
+        rows = json.loads((output / "comm.json").read_text())["traffic"]
+        counted[steps] = 2 * sum(row["wire_bytes"] for row in rows if row["scope"] == "inter-node")
+    # More than counted: headers, and what the ranks tell each other besides tensors.
+    assert (measured[40] - measured[10]) / 30 == pytest.approx((counted[40] - counted[10]) / 30, rel=0.04)
 
 
 def test_a_node_set_down_brings_the_job_back(cluster, work, undisturbed):
