@@ -82,6 +82,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found["zero3-hpz-adamw"] = case("zero", "adamw", 3, zero=hpz)
         found["zero3-hpz-rso"] = case("zero", "rso", 3, zero=hpz)
         found["zero3-hpz-rso-gas2"] = case("zero", "rso", 3, zero=hpz, gas=2)
+        found["zero3-hpz-small"] = case("zero", "rso", 3, zero={"zero_hpz_partition_size": 2})
         found["zero3-hpz-checkpointing"] = case("zero", "rso", 3, zero=hpz, gas=2, checkpointing=True)
     return found
 

@@ -220,12 +220,12 @@ def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
     again = []
     if layout.checkpointing:
         again = [p for p in large if p.unit is not None and not p.last and (twice or p.group is None)]
+    if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
+        result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
     if layout.hpz > 1:
         gathers = {id(p): times * (2 if twice else 1) for p in large}
         gathers.update((id(p), gathers[id(p)] + times) for p in again)
         return [*result, *_with_secondary_copies(exchange, layout, large, once, gathers)]
-    if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
-        result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
     result.append(Transfer("weights", "all_gather", "world", once + often * times, len(large) * times + 1))
     if twice:
         result.append(Transfer("weights", "all_gather", "world", often * times, len(large) * times))
