@@ -10,10 +10,12 @@ import time
 import pytest
 
 pytest.importorskip("deepspeed")
-import corruption
 from fault_runs import ENGINES, FLAGS, SAVE, copied, faults, same, undisturbed_run
 from train_ranks import TrainRanks
 from train_workspace import Workspace
+
+# isort: split
+import corruption  # found by what fault_runs has put on the path
 
 
 @pytest.fixture(scope="module")
