@@ -1,6 +1,7 @@
 """Randomized Subspace Optimization (arXiv 2502.07222) for sharded, multi-node training.
 
-Importing this package needs torch only; DeepSpeed is imported when ``initialize`` is first used.
+Importing this package needs torch only; DeepSpeed is imported when ``initialize`` is first used. Where a program
+imports DeepSpeed, before or after, its ``deepspeed.initialize`` takes RSO up from the JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from rso_ds.config import RSOConfig
+from rso_ds.engines.deepspeed_import import watch_deepspeed
 from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import (
     RSOCheckpointError,
@@ -25,25 +27,27 @@ __version__ = "0.1.0"
 
 
 def _bare_rso(*args: Any, **kwargs: Any) -> Any:
-    """What DeepSpeed finds as ``torch.optim.RSO`` when nothing has converted the model.
+    """What DeepSpeed finds as ``torch.optim.RSO`` if its own ``initialize`` was called past ``watch_deepspeed``.
 
     DeepSpeed shows an optimizer the parameters only, never the model, so RSO cannot come into effect
     here; training on as AdamW would be silent. Hence this always raises ``RSOConversionError``.
     """
     raise RSOConversionError(
-        "the DeepSpeed JSON selects RSO but the model was not converted: call rso_ds.initialize(...) instead of"
-        ' deepspeed.initialize(...), or "import rso_ds.auto" at the top of the program.'
+        "the DeepSpeed JSON selects RSO but this deepspeed.initialize is not the one that rso_ds put in its place:"
+        " write deepspeed.initialize(...) instead of importing the function before rso_ds, or call"
+        " rso_ds.initialize(...)."
     )
 
 
 torch.optim.RSO = _bare_rso  # type: ignore[attr-defined]
+watch_deepspeed()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("initialize", "patch_deepspeed"):
-        import rso_ds.engines.deepspeed as engine
+    if name == "initialize":
+        from rso_ds.engines.deepspeed import initialize
 
-        return getattr(engine, name)
+        return initialize
     raise AttributeError(f"module 'rso_ds' has no attribute {name!r}")
 
 
@@ -60,7 +64,6 @@ __all__ = [
     "RSOUnsupportedError",
     "convert",
     "initialize",
-    "patch_deepspeed",
     "summary_table",
     "to_dense",
 ]

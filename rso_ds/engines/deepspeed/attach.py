@@ -13,7 +13,7 @@ from rso_ds.boundary import Boundary
 from rso_ds.comm.counter import BACKWARD, install
 from rso_ds.config import RSOConfig
 from rso_ds.engines.deepspeed.loss_scale import explain_lowest_scale, scale_loss_at_stage_0
-from rso_ds.engines.deepspeed.saving import hook_checkpoints
+from rso_ds.engines.deepspeed.saving import hook_checkpoints, hook_dense_saves
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
@@ -45,6 +45,7 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     skip_nonfinite_steps(engine)
     _hook_step(engine, boundary, solver)
     engine.checkpoints = hook_checkpoints(engine, shards, boundary)
+    hook_dense_saves(engine)
     return boundary
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import deepspeed
@@ -25,11 +24,10 @@ from rso_ds.ds_json import (
     rso_config,
 )
 from rso_ds.engines.deepspeed.attach import attach, count_traffic
+from rso_ds.engines.deepspeed_import import own_initialize
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
 from rso_ds.optim.groups import layer_groups, solver_groups
-
-_initialize: Callable[..., Any] = deepspeed.initialize
 
 
 def initialize(
@@ -103,7 +101,7 @@ def initialize(
     if getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # the solver's configuration takes its place
-    result = _initialize(
+    result = own_initialize()(
         args=args,
         model=model,
         model_parameters=groups,
@@ -124,27 +122,16 @@ def initialize(
     return result
 
 
-def patch_deepspeed() -> None:
-    """Make an unmodified ``deepspeed.initialize`` call use RSO where its JSON selects it.
-
-    Other JSONs pass through untouched. Idempotent.
-    """
-    if getattr(deepspeed.initialize, "_rso_ds", False):
-        return
-
-    @wraps(_initialize)
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(_initialize).bind(*args, **kwargs).arguments
-        try:
-            ds_config = _config_of(call.get("args"), call.get("config"), call.get("config_params"))
-        except RSOConfigError:
-            return _initialize(*args, **kwargs)  # DeepSpeed's own message for a missing or doubled config
-        if optimizer_type(ds_config) != RSO_TYPE:
-            return _initialize(*args, **kwargs)
-        return initialize(**call)
-
-    patched._rso_ds = True  # type: ignore[attr-defined]
-    deepspeed.initialize = patched
+def initialize_if_selected(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A program's call of ``deepspeed.initialize(*args, **kwargs)``: ours if its JSON selects RSO, else ``own``."""
+    call = inspect.signature(own).bind(*args, **kwargs).arguments
+    try:
+        ds_config = _config_of(call.get("args"), call.get("config"), call.get("config_params"))
+    except RSOConfigError:
+        return own(*args, **kwargs)  # DeepSpeed's own message for a missing or doubled config
+    if optimizer_type(ds_config) != RSO_TYPE:
+        return own(*args, **kwargs)
+    return initialize(**call)
 
 
 def _config_of(args: Any, config: Any, config_params: Any) -> dict[str, Any]:

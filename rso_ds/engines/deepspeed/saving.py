@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rso_ds.boundary import Boundary
-from rso_ds.checkpoint import Checkpointer, TrainingState
+from rso_ds.checkpoint import Checkpointer, TrainingState, dense_state_dict
 from rso_ds.checkpoint.folder import write_text
 from rso_ds.checkpoint.training_state import Places
 from rso_ds.comm.outcome import agreed, rank_of
@@ -75,14 +75,41 @@ def hook_checkpoints(engine: Any, places: Places, boundary: Boundary) -> Checkpo
 
     def save_16bit_model(*_: Any, **__: Any) -> None:
         raise RSOUnsupportedError(
-            "save_16bit_model would write W without the current B P^T: use rso_ds.checkpoint.save_dense(engine.module,"
-            " folder, rank)."
+            "save_16bit_model is not supported: use rso_ds.checkpoint.save_dense(engine.module, folder, rank)."
         )
 
     engine.save_checkpoint = save_checkpoint
     engine.load_checkpoint = load_checkpoint
     engine.save_16bit_model = save_16bit_model
     return checkpoints
+
+
+def hook_dense_saves(engine: Any) -> None:
+    """Let what Trainer, Accelerate and ``save_pretrained`` ask for when they save a model be the equal dense one.
+
+    At ZeRO 0-2 ``state_dict()`` of the engine's module and of Hugging Face models in it; at stage 3
+    ``engine._zero3_consolidated_16bit_state_dict()``, where all ranks call it and rank 0 gets the tensors. RSO's own
+    checkpoints use neither.
+    """
+    if engine.zero_optimization_partition_weights():
+
+        def consolidated(*_: Any, **__: Any) -> dict[str, Any] | None:
+            state = dense_state_dict(engine.module, keep=rank_of() == 0)
+            return state if rank_of() == 0 else None
+
+        engine._zero3_consolidated_16bit_state_dict = consolidated
+        # Trainer asks first; its alternative, a DeepSpeed checkpoint in the model's folder, is no model.
+        engine.zero_gather_16bit_weights_on_model_save = lambda: True
+        return
+
+    def dense(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        if not prefix:  # a part of a larger model that is being saved has one
+            state.clear()
+            state.update(dense_state_dict(module))
+
+    for module in engine.module.modules():
+        if module is engine.module or hasattr(module, "save_pretrained"):
+            module.register_state_dict_post_hook(dense)
 
 
 def refuse_between_micro_batches(engine: Any) -> None:

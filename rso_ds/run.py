@@ -1,0 +1,56 @@
+"""Run an unmodified program so that RSO in its DeepSpeed JSON comes into effect.
+
+    deepspeed --num_gpus 8 --module rso_ds.run their_script.py --deepspeed ds_configs/rso.json ...
+    torchrun --nproc-per-node 8 -m rso_ds.run their_script.py ...
+    torchrun --nproc-per-node 8 -m rso_ds.run -m package.module ...
+
+The same as ``import rso_ds`` in the program's first line.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+import rso_ds  # noqa: F401  (its import is what this program is for)
+
+_USAGE = "usage: deepspeed --module rso_ds.run [-m] PROGRAM [ARGUMENTS ...]"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the program that ``argv`` names, as the interpreter itself would; exits with 2 if there is none."""
+    argv = list(argv)
+    launcher = []
+    while argv and argv[0].startswith("--local_rank="):  # the deepspeed launcher puts it before everything else
+        launcher.append(argv.pop(0))
+    as_module = argv[:1] == ["-m"]
+    if as_module:
+        del argv[0]
+    if not argv or argv[0].startswith("-"):
+        _refuse(_USAGE)
+    program, *rest = argv
+    if not as_module and not Path(program).is_file():
+        _refuse(f"rso_ds.run: the program {program} does not exist.\n{_USAGE}")
+    sys.argv = [program, *launcher, *rest]
+    if as_module:
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(program).resolve().parent)
+        runpy.run_path(program, run_name="__main__")
+    # Programs seldom do it, and gloo's threads have been seen to abort the interpreter's shutdown without.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _refuse(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
