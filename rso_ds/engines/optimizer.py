@@ -58,8 +58,11 @@ class RSO(torch.optim.Optimizer):
         self, model: nn.Module, config: RSOConfig, params: Iterable[Any] | None = None, replicas: Any = None
     ) -> None:
         refuse_fsdp1(model)
-        bare = model.module if isinstance(model, DistributedDataParallel) else model
-        self._bare = bare
+        self._build_solver(model.module if isinstance(model, DistributedDataParallel) else model, config, params)
+        self._attach(model, replicas)
+
+    def _build_solver(self, bare: nn.Module, config: RSOConfig, params: Iterable[Any] | None) -> None:
+        self._bare, self._config = bare, config
         layers = dict(rso_layers(bare))
         if not layers:
             raise RSOConversionError(
@@ -75,6 +78,11 @@ class RSO(torch.optim.Optimizer):
             self.solver.register_step_pre_hook(proximal_hook(config))
         super().__init__(self.solver.param_groups, self.solver.defaults)
         self.follow_solver()
+
+    def _attach(self, model: nn.Module, replicas: Any) -> None:
+        """Find where ``model``, in its wrapper by now, keeps W and B, and draw the first subspaces."""
+        bare, config = self._bare, self._config
+        layers = dict(rso_layers(bare))
         decays, where = layer_groups(layers, self.param_groups)
         self._shards: ReplicatedShards
         if is_sharded(model):

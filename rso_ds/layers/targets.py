@@ -100,7 +100,7 @@ def shared_input_key(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _defaults_for(model: nn.Module) -> tuple[str, ...]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = _type_of(model)
     if model_type not in DEFAULT_TARGETS:
         raise RSOConversionError(
             f"'targets': no default for model type {model_type!r} ({type(model).__name__}). Name the layers,"
@@ -108,6 +108,16 @@ def _defaults_for(model: nn.Module) -> tuple[str, ...]:
             f" except the output head). Known types: {', '.join(sorted(DEFAULT_TARGETS))}."
         )
     return DEFAULT_TARGETS[model_type]
+
+
+def _type_of(model: nn.Module) -> str | None:
+    """Hugging Face's type of ``model``, or of the one such model inside it (Lightning's modules hold theirs)."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if model_type is not None and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = model_type
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _at_place(model: nn.Module, place: str) -> nn.Module | None:

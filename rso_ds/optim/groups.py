@@ -10,6 +10,7 @@ from torch import nn
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers import SubspaceLayer
+from rso_ds.layers.partitioned import full_shape
 
 # Keys that mark our groups inside the solver's param_groups; solvers carry unknown keys along.
 IS_SUBSPACE = "rso_subspace"
@@ -99,3 +100,13 @@ def proximal_hook(config: RSOConfig) -> Any:
                         param.grad.add_(param.detach(), alpha=config.proximal)
 
     return add_proximal
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters, for every optimizer and engine alike: weight decay as usual, on matrices
+    and not on biases and norms."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(full_shape(p)) > 1]
+    vectors = [p for p in trainable if len(full_shape(p)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

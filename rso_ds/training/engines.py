@@ -11,9 +11,9 @@ from torch import nn
 from rso_ds.comm.failures import limit_waiting
 from rso_ds.errors import RSOConfigError
 from rso_ds.models import load_model
+from rso_ds.optim.groups import decay_groups
 from rso_ds.training.arguments import TrainArguments
 from rso_ds.training.distributed import Place
-from rso_ds.training.groups import decay_groups
 from rso_ds.training.native_checkpoints import NativeCheckpoints
 
 

@@ -22,8 +22,8 @@ from rso_ds.engines.replicated import ReplicatedShards
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import convert, summary_table
 from rso_ds.memory.trace import block_names
+from rso_ds.optim.groups import decay_groups
 from rso_ds.training.distributed import Place
-from rso_ds.training.groups import decay_groups
 
 
 class TorchEngine:

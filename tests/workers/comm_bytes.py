@@ -17,8 +17,8 @@ from rso_ds.comm import install
 from rso_ds.comm.exchange import Exchange, Layout, powersgd, transfers
 from rso_ds.memory.methods import method
 from rso_ds.models import llama_config
+from rso_ds.optim.groups import decay_groups
 from rso_ds.training.distributed import Place
-from rso_ds.training.groups import decay_groups
 from rso_ds.training.torch_engine import TorchEngine
 
 OUT = Path(sys.argv[1])

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import tiny_llama
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from case_runner import run_cases
 from deepspeed_cases import MICRO
 from torch.utils.data import SequentialSampler
-from trainer_cases import SAVE_AT, STEPS, Tokens, arguments, cases, deepspeed_json
+from trainer_cases import ENGINES, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, cases, deepspeed_json, weight_decay
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import rso_ds
+from rso_ds.integrations.trainer import with_rso
 
 OUT = Path(sys.argv[1])
 START = OUT / "start"
@@ -26,22 +28,48 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def trainer_of(spec, name, steps=STEPS, **options):
-    options = {**spec.get("arguments", {}), **options}
+def admit_fsdp_on_cpu():
+    """Accelerate refuses FSDP on CPU ranks, which torch's FSDP2 runs on: call them by another kind's name."""
+    inner = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        inner(self, *args, **kwargs)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            self.distributed_type = DistributedType.MULTI_XPU
+
+    PartialState.__init__ = init
+
+
+def trainer_of(spec, name, **options):
+    options = {**spec.get("arguments", {}), "weight_decay": weight_decay(spec), **options}
     micro_batches = options.get("gradient_accumulation_steps", 1) * dist.get_world_size()
-    json = deepspeed_json(spec["stage"], spec.get("rso"), **spec.get("zero", {}))
+    if "fsdp" in options:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    json = deepspeed_json(spec["stage"], spec.get("rso")) if "stage" in spec else None
     args = TrainingArguments(str(OUT / name), deepspeed=json, **arguments(**options))
     model = AutoModelForCausalLM.from_pretrained(START, attn_implementation="eager")  # zero.Init at stage 3
-    data = Tokens(steps, MICRO * micro_batches)
-    return InOrder(model, args, train_dataset=data, eval_dataset=Tokens(2, 4))
+    kind, more = InOrder, {}
+    if json is None:
+        kind, more = with_rso(InOrder), {"rso": {**RSO_KEYS, **spec.get("rso", {})}}
+    data = Tokens(STEPS, MICRO * micro_batches)
+    return kind(model, args, train_dataset=data, eval_dataset=Tokens(2, 4), **more)
+
+
+def bare_and_boundary(trainer):
+    if trainer.is_deepspeed_enabled:
+        return trainer.model_wrapped.module, trainer.model_wrapped.rso
+    return trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer.optimizer.boundary
 
 
 def forget(trainer):
-    trainer.model_wrapped.destroy()
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.destroy()
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    PartialState._reset_state()
+    for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
     gc.collect()
 
 
@@ -50,11 +78,14 @@ def losses(trainer):
 
 
 def result_of(trainer, **more):
+    bare, boundary = bare_and_boundary(trainer)
     found = {
         "losses": losses(trainer),
         "evaluations": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
-        "weights": rso_ds.checkpoint.dense_state_dict(trainer.model_wrapped.module),
-        "draw": trainer.model_wrapped.rso.draw,
+        "weights": rso_ds.checkpoint.dense_state_dict(bare),
+        "draw": boundary.draw,
+        "shards": type(boundary.shards).__name__,
+        "wrapper": type(trainer.model_wrapped).__name__,
         **more,
     }
     forget(trainer)
@@ -62,14 +93,14 @@ def result_of(trainer, **more):
 
 
 def train(spec):
-    trainer = trainer_of(spec, f"train{spec['stage']}")
+    trainer = trainer_of(spec, "train")
     trainer.train()
     return result_of(trainer)
 
 
 def resume(spec):
     """A run that goes through, one that ends in the middle, and the rest of that."""
-    name = f"resume{spec['stage']}"
+    name = spec["name"]
     straight = trainer_of(spec, name + "s")
     straight.train()
     straight = result_of(straight)
@@ -91,12 +122,12 @@ def resume(spec):
 def best(spec):
     """The evaluation loss is best in the middle: from there on the learning rate is absurd."""
     options = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
-    trainer = trainer_of(spec, f"best{spec['stage']}", load_best_model_at_end=True, **options)
+    trainer = trainer_of(spec, spec["name"], load_best_model_at_end=True, **options)
 
     class Spoil(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **_):
             if state.global_step > 6:
-                for group in trainer.model_wrapped.optimizer.param_groups:
+                for group in trainer.optimizer.param_groups:
                     group["lr"] = 1.0
 
     trainer.args.lr_scheduler_type = "constant"
@@ -113,14 +144,16 @@ def dispatch(spec):
 
 
 dist.init_process_group("gloo")
+admit_fsdp_on_cpu()
 if dist.get_rank() == 0:
     tiny_llama.build().save_pretrained(START)
 dist.barrier()
 work = dict(cases())
-for stage in range(4):
-    work[f"resume-zero{stage}"] = {"stage": stage, "do": "resume", "rso": {"carry_over": "project"}}
-for stage in (2, 3):
-    work[f"best-zero{stage}"] = {"stage": stage, "do": "best"}
+for engine, spec in ENGINES.items():
+    resume_rso = {"carry_over": "project"}
+    work[f"resume-{engine}"] = {**spec, "do": "resume", "rso": resume_rso, "name": f"resume-{engine}"}
+for engine in ("zero2", "zero3", "ddp", "fsdp2"):
+    work[f"best-{engine}"] = {**ENGINES[engine], "do": "best", "name": f"best-{engine}"}
 only = sys.argv[2:]
 run_cases({n: s for n, s in work.items() if not only or n in only}, dispatch, OUT / "trainer.pt")
 dist.destroy_process_group()
