@@ -252,3 +252,35 @@ def test_tied_head_stays_tied_and_dense(ids):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     state = dense_state_dict(model)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+
+
+def test_models_with_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(rso_ds.RSOUnsupportedError, match=r"adapter of peft: merge it first.*merge_and_unload"):
+        rso_ds.convert(model, RSOConfig(rank=4))
+    merged = model.merge_and_unload().requires_grad_(True)
+    assert len(rso_ds.convert(merged, RSOConfig(rank=4)).layers) > 0
+
+
+def test_quantised_models_are_refused():
+    """With a class from a quantiser's package, as bitsandbytes' Linear4bit, and a tensor of one, as torchao's."""
+    layer = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model = llama()
+    model.model.layers[0].mlp.up_proj = layer(32, 64)
+    with pytest.raises(rso_ds.RSOUnsupportedError, match=r"layers.0.mlp.up_proj' is quantised \(Linear4bit\)"):
+        rso_ds.convert(model, RSOConfig(rank=4))
+    tensor = type("QuantisedTensor", (torch.Tensor,), {"__module__": "torchao.quantization"})
+    model = llama()
+    weight = torch.randn(64, 32).as_subclass(tensor)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight)
+    with pytest.raises(rso_ds.RSOUnsupportedError, match=r"is quantised \((Parameter|QuantisedTensor)\)"):
+        rso_ds.convert(model, RSOConfig(rank=4))
+
+
+def test_bitsandbytes_layers_are_refused():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="comes with galore-torch, the extra 'bench'")
+    model = llama()
+    model.model.layers[1].mlp.up_proj = bitsandbytes.nn.Linear8bitLt(32, 64, has_fp16_weights=False)
+    with pytest.raises(rso_ds.RSOUnsupportedError, match=r"is quantised \(Linear8bitLt\)"):
+        rso_ds.convert(model, RSOConfig(rank=4))

@@ -51,6 +51,10 @@ class FinetuneArguments:
             if value is not None and value < 1:
                 raise RSOConfigError(f"--{name} must be at least 1, got {value}.")
 
+    def columns(self, present: Sequence[str]) -> dict[str, str]:
+        """Flag -> name of each column that the task reads from rows with the columns ``present``."""
+        raise NotImplementedError
+
     def rso_keys(self) -> dict[str, Any]:
         """``--rso`` as keys and values; values are JSON where they can be read as such. Raises ``RSOConfigError``."""
         keys: dict[str, Any] = {}
@@ -93,6 +97,10 @@ class ClassificationArguments(FinetuneArguments):
     label_column: str = _flag("label", "Column of the label; names and numbers both do.")
     max_length: int = _flag(128, "Longer texts are cut to so many tokens.")
 
+    def columns(self, present: Sequence[str]) -> dict[str, str]:
+        pair = {} if self.pair_column is None else {"--pair_column": self.pair_column}
+        return {"--text_column": self.text_column, **pair, "--label_column": self.label_column}
+
 
 @dataclass
 class CausalArguments(FinetuneArguments):
@@ -102,6 +110,11 @@ class CausalArguments(FinetuneArguments):
     messages_column: str = _flag(
         "messages", "Column of conversations (lists of role and content), where there is one; needs a chat template."
     )
+
+    def columns(self, present: Sequence[str]) -> dict[str, str]:
+        if self.messages_column in present:
+            return {"--messages_column": self.messages_column}
+        return {"--prompt_column": self.prompt_column, "--completion_column": self.completion_column}
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[FinetuneArguments, TrainingArguments]:

@@ -1,4 +1,4 @@
-"""The weights that a fine-tuning starts from."""
+"""The weights and the tokenizer that a fine-tuning starts from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rso_ds.errors import RSOConfigError
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of ``--model``. Raises ``RSOConfigError`` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RSOConfigError(f"--model {name}: its tokenizer cannot be loaded: {error}") from None
 
 
 def load_pretrained(kind: Any, name: str, **options: Any) -> PreTrainedModel:
@@ -27,6 +35,7 @@ def load_pretrained(kind: Any, name: str, **options: Any) -> PreTrainedModel:
         except ImportError:
             raise RSOConfigError(f"--model {name} is a LoRA adapter: pip install peft to merge it.") from None
         adapted = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32, **options), name)
-        return adapted.merge_and_unload()  # type: ignore[operator]
+        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+        return merged.requires_grad_(True)  # peft has frozen the base
     except (OSError, ValueError, KeyError) as error:
         raise RSOConfigError(f"--model {name} cannot be loaded: {error}") from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.finetuning.arguments import CausalArguments
-from rso_ds.finetuning.base import load_pretrained
-from rso_ds.finetuning.data import require_columns, sample
+from rso_ds.finetuning.base import load_pretrained, load_tokenizer
+from rso_ds.finetuning.data import sample
 
 
 def sft_config() -> Any:
@@ -30,8 +30,8 @@ def _trl(name: str) -> Any:
 
 
 def trainer_parts(args: CausalArguments, training: Any, rows: Dataset, held_out: Dataset) -> dict[str, Any]:
-    """Arguments of SFTTrainer. Raises ``RSOConfigError`` for missing columns or a missing chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    """Arguments of SFTTrainer. Raises ``RSOConfigError`` for a missing chat template or end-of-text token."""
+    tokenizer = load_tokenizer(args.model)
     if tokenizer.eos_token is None:
         raise RSOConfigError(
             f"the tokenizer of --model {args.model} has no end-of-text token, so that completions would not end."
@@ -44,15 +44,11 @@ def trainer_parts(args: CausalArguments, training: Any, rows: Dataset, held_out:
                 f"--messages_column {args.messages_column}: the tokenizer has no chat template, so give"
                 " --chat_template_path."
             )
-        columns = {"--messages_column": args.messages_column}
         if training.completion_only_loss and not training.assistant_only_loss:
             raise RSOConfigError("--completion_only_loss is for prompts and completions: use --assistant_only_loss.")
         shape = _conversations
     else:
-        columns = {"--prompt_column": args.prompt_column, "--completion_column": args.completion_column}
         shape = _pairs
-    require_columns(rows, args.data, columns)
-    require_columns(held_out, args.eval_data or args.data, columns)
     model = load_pretrained(AutoModelForCausalLM, args.model)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and training.max_length is not None and training.max_length > limit:

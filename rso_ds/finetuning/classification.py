@@ -6,24 +6,19 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, EvalPrediction
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.finetuning.arguments import ClassificationArguments
-from rso_ds.finetuning.base import load_pretrained
-from rso_ds.finetuning.data import require_columns, sample
+from rso_ds.finetuning.base import load_pretrained, load_tokenizer
+from rso_ds.finetuning.data import sample
 
 
 def trainer_parts(args: ClassificationArguments, seed: int, rows: Dataset, held_out: Dataset) -> dict[str, Any]:
     """Arguments of Trainer. The labels are those of all ``rows``, however few are trained on.
 
-    Raises ``RSOConfigError`` for a missing column, one label only, or an unknown label.
+    Raises ``RSOConfigError`` for one label only, or a held-out label that no training row has.
     """
-    columns = {"--text_column": args.text_column, "--label_column": args.label_column}
-    if args.pair_column is not None:
-        columns["--pair_column"] = args.pair_column
-    require_columns(rows, args.data, columns)
-    require_columns(held_out, args.eval_data or args.data, columns)
     labels = sorted({str(label) for label in rows[args.label_column]}, key=_numbers_first)
     if len(labels) < 2:
         raise RSOConfigError(f"--label_column {args.label_column}: {args.data} has one label only, {labels[0]}.")
@@ -32,7 +27,7 @@ def trainer_parts(args: ClassificationArguments, seed: int, rows: Dataset, held_
     if unknown:
         raise RSOConfigError(f"the held-out rows have the label '{unknown[0]}', which no training row has.")
     rows = sample(rows, args.max_rows, seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     model = load_pretrained(
         AutoModelForSequenceClassification, args.model,
         num_labels=len(labels), label2id=ids, id2label=dict(enumerate(labels)),

@@ -15,10 +15,16 @@ _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".
 
 
 def load_splits(args: FinetuneArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """(training rows, held-out rows). Raises ``RSOConfigError`` if either cannot be read or has no row."""
+    """(training rows, held-out rows).
+
+    Raises ``RSOConfigError`` if either cannot be read, has no row, or misses a column or a cell that the task reads.
+    """
     rows = load_rows(args.data, "--data")
+    columns = args.columns(rows.column_names)
+    _require(rows, args.data, columns)
     if args.eval_data is not None:
         held_out = load_rows(args.eval_data, "--eval_data")
+        _require(held_out, args.eval_data, columns)
     else:
         if len(rows) < 2:
             raise RSOConfigError(f"--data {args.data} has {len(rows)} row, too few to hold some out: give --eval_data.")
@@ -65,8 +71,7 @@ def _from_files(flag: str, source: str, files: list[Path]) -> Dataset:
     return load_dataset(_BUILDERS[files[0].suffix], data_files=[str(f) for f in files], split="train", **options)
 
 
-def require_columns(rows: Dataset, source: str, columns: dict[str, str]) -> None:
-    """``columns`` maps flags to column names. Raises ``RSOConfigError`` for a missing column or an empty cell."""
+def _require(rows: Dataset, source: str, columns: dict[str, str]) -> None:
     for flag, name in columns.items():
         if name not in rows.column_names:
             raise RSOConfigError(f"{flag} {name}: {source} has the columns {', '.join(rows.column_names)}.")

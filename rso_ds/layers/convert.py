@@ -14,6 +14,7 @@ from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
+from rso_ds.layers.foreign import refuse_foreign
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.merge import merged_weight
 from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, whole
@@ -45,10 +46,12 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
-    layer's smaller side, or a target's weight is tied to another parameter's use.
+    layer's smaller side, or a target's weight is tied to another parameter's use; ``RSOUnsupportedError`` for a
+    quantised model or one with adapters of peft.
     """
     if any(True for _ in rso_layers(model)):
         raise RSOConversionError("the model has RSO layers already: convert a model once.")
+    refuse_foreign(model)
     names = [n for n in resolve_targets(model, config.targets) if model.get_submodule(n).weight.requires_grad]
     if not names:
         raise RSOConversionError(
