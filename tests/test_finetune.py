@@ -116,6 +116,11 @@ def test_classification_with_rso_on_two_ranks(folder):
     assert got["eval_accuracy"] == 1.0
     assert got["eval_f1_macro"] == 1.0
     assert accuracy(folder / "rso", folder) == 1.0
+    card = (folder / "rso" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "| base model | bert |" in card
+    assert "| interval | 5 |" in card
+    assert f"| eval_accuracy | {got['eval_accuracy']:.6g} |" in card
     # Every trained element is reduced once a step in fp32; a few bytes more are the ranks' count of used parameters.
     assert got["subspace_parameters"] > 0
     assert got["comm_bytes_per_step"]["gradient"] == pytest.approx(4 * got["trainable_parameters"], rel=0.02)

@@ -87,6 +87,16 @@ def test_effective_configuration_is_beside_the_results(space, finished):
     assert (space.folder / "full" / "config.yaml").is_file()
 
 
+def test_the_model_has_a_card(space, finished):
+    card = (space.folder / "full" / "model" / "README.md").read_text()
+    assert "base_model" not in card  # a named shape starts from nothing
+    assert "| shape | llama-9m |" in card
+    assert "| data | text.txt |" in card
+    assert f"| val_loss | {space.metrics('full')[-1]['val_loss']:.6g} |" in card
+    assert "| sampler | haar |" in card
+    assert str(space.folder) not in card
+
+
 def test_resume_continues_to_the_same_weights(space, finished):
     """From step 6, in the middle of a subspace, in new processes: metrics and weights bit for bit."""
     shutil.copytree(space.folder / "full", space.folder / "again")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from rso_ds.comm.counter import install
+from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOError
 from rso_ds.finetuning import causal, classification
 from rso_ds.finetuning.arguments import CausalArguments, ClassificationArguments, FinetuneArguments, parse_arguments
@@ -24,6 +25,7 @@ from rso_ds.layers.partitioned import full_shape
 from rso_ds.layers.targets import DEFAULT_TARGETS
 from rso_ds.memory.kept import KeptRecorder
 from rso_ds.training.metrics import peak_memory_bytes
+from rso_ds.training.model_card import write_card
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,7 +94,29 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
     else:
         trainer.save_model()
     trainer.save_state()
+    if training.process_index == 0:
+        _write_card(ours, training, results, _configuration(trainer))
     return results
+
+
+def _configuration(trainer: Any) -> RSOConfig | None:
+    """RSO's, of whichever engine trains with it."""
+    if trainer.is_deepspeed_enabled:
+        boundary = getattr(trainer.model_wrapped, "rso", None)
+    else:
+        boundary = getattr(trainer.optimizer.optimizer, "boundary", None)
+    return None if boundary is None else boundary.config
+
+
+def _write_card(
+    ours: FinetuneArguments, training: TrainingArguments, results: dict[str, Any], rso: RSOConfig | None
+) -> None:
+    told = ("method", "train_rows", "steps", "ranks", "learning_rate", "seed")
+    recipe = {"data": Path(ours.data).name, **{key: results[key] for key in told}}
+    scores = {key: value for key, value in results.items() if key.startswith("eval_") and key != "eval_rows"}
+    classifies = isinstance(ours, ClassificationArguments)
+    tag = "text-classification" if classifies else "text-generation"
+    write_card(Path(training.output_dir or "."), recipe, scores, rso, ours.model, tag)
 
 
 def kept_bytes(trainer: Any) -> int | None:

@@ -30,6 +30,7 @@ from rso_ds.training.distributed import Place
 from rso_ds.training.engines import build_engine
 from rso_ds.training.evaluation import held_out_loss, perplexity, sample
 from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes, per_step, traffic_summary, validation
+from rso_ds.training.model_card import write_card
 from rso_ds.training.signals import EXIT_REQUEUE, Interruption
 from rso_ds.training.steps import Meeting, StepWatch
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
@@ -294,6 +295,7 @@ class Job:
         if self.place.rank == 0:
             self._report_traffic()
             self.tokenizer.save_pretrained(folder)
+            self._write_card(folder, after)
             if self.args.sample_tokens:
                 from transformers import AutoModelForCausalLM
 
@@ -306,6 +308,19 @@ class Job:
                 f" (loss {before:.4f} -> {after:.4f})\nmodel: {folder}   metrics: {self.output / 'metrics.jsonl'}"
             )
         dist.barrier()
+
+    def _write_card(self, folder: Path, loss: float) -> None:
+        args = self.args
+        recipe = {
+            "data": Path(args.data).name, "steps": self.steps, "sequence length": args.seq_len,
+            "tokens a step": self.tokens_per_step, "engine": args.engine, "ranks": self.place.world_size,
+            "optimizer": self.ds_json["optimizer"]["type"], "learning rate": self.ds_json["optimizer"]["params"]["lr"],
+            "seed": args.seed,
+        }  # fmt: skip
+        scores = validation(loss)
+        base = None if args.model in LLAMA_SHAPES or args.init == "random" else args.model
+        rso = self.engine.rso.config if hasattr(self.engine, "rso") else None
+        write_card(folder, {"shape": args.model, **recipe} if base is None else recipe, scores, rso, base)
 
     def _report_traffic(self) -> None:
         """Everything that rank 0 sent, on the screen and in ``comm.json``."""
