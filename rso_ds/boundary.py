@@ -14,7 +14,7 @@ solver state live on this rank. The boundary never communicates anything of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,6 +135,7 @@ class Boundary:
         self._dense = dict(dense or {})
         self._decay = [1.0] * len(layers)
         self._carry_over = CARRY_OVER[config.carry_over]
+        self.before_merge: Callable[[], None] | None = None  # for those who watch: B is full, W still without it
         self.subspaces: list[Subspace] = list({id(x.subspace): x.subspace for x in layers.values()}.values())
 
     def step_applied(self, lrs: Sequence[float]) -> bool:
@@ -158,6 +159,8 @@ class Boundary:
         self.shards.begin()
         if self.config.communicate == "boundary":
             self.shards.average()
+        if self.before_merge is not None:
+            self.before_merge()
         split_rows = self._collect_split_rows() if self._carry_over.needs_whole_rows else {}
         rounding = Rounding(self.config.merge_rounding, self.config.seed, self.draw)
         members: dict[int, list[int]] = {}

@@ -48,7 +48,12 @@ class Moments:
 
 @dataclass
 class Result:
+    """``gradient_norms``: of all B, as the solver gets them, at each step; ``merge_ratios``: ||B P^T|| / ||W|| over all
+    layers, at each boundary."""
+
     losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    merge_ratios: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -102,6 +107,7 @@ def train(
         if s.clip:
             norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
             grads = {k: g * min(1.0, s.clip / (norm.item() + 1e-6)) for k, g in grads.items()}
+        squares = 0.0
         for key, g in grads.items():
             kind, name = key
             value = B[name] if kind == "B" else dense[name]
@@ -109,11 +115,15 @@ def train(
             wd = 0.0 if kind == "B" else s.weight_decay
             if kind == "B":
                 g = g + s.proximal * value
+                squares += (g**2).sum().item()
             new = _solve(s, state[key], value, g, lr, wd)
             (B if kind == "B" else dense)[name] = new
+        result.gradient_norms.append(squares**0.5)
         decay *= 1 - scale * s.lr * s.weight_decay
         if (step + 1) % s.interval == 0:
             P_next = projections(draw + 1)
+            merged = sum(((B[n] @ P[n].t()) ** 2).sum().item() for n in B)
+            result.merge_ratios.append((merged / sum((W[n] ** 2).sum().item() for n in B)) ** 0.5)
             for layer in B:
                 W[layer] = decay * W[layer] + B[layer] @ P[layer].t()
                 B[layer] = torch.zeros_like(B[layer])

@@ -12,6 +12,7 @@ import pytest
 import tiny_llama
 import torch
 from deepspeed_cases import MICRO, ODD_TARGETS, RANK, STEPS, TOKENS, fp32_cases
+from observing import check_observed
 from ranks import run_ranks
 from reference import Settings, train
 
@@ -60,6 +61,13 @@ def test_equals_reference(results, name):
     print(f"\n{name:32} {got['optimizer']:32} {got['solver']:18} loss {loss_diff:.1e} weight {weight_diff:.1e}")
     assert loss_diff < spec["tolerance"]
     assert weight_diff < spec["tolerance"]
+
+
+@pytest.mark.parametrize("name", [name for name, spec in CASES.items() if spec["tolerance"] <= 2e-5])
+def test_observed_norms_equal_the_reference(results, name):
+    spec, got = CASES[name], results[name]
+    expected = reference(spec, got["lrs"])
+    check_observed(got["observed"], expected, 3, spec["rso"].get("sampler") == "gaussian", 1e-3)
 
 
 def test_cases_are_what_they_claim(results):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import tiny_llama
 import torch
+from observing import check_observed
 from ranks import run_ranks
 from reference import Settings, train
 from reference_local import train_apart
@@ -70,6 +71,15 @@ def test_equals_reference(results, world, name):
     print(f"\n{world} ranks {name:28} loss {loss_diff:.1e} weight {weight_diff:.1e}")
     assert loss_diff < spec["tolerance"]
     assert weight_diff < spec["tolerance"]
+
+
+OBSERVED = [k for k, s in CASES.items() if s["tolerance"] <= 2e-5 and not s["poisoned"] and LOCAL[0] not in s["rso"]]
+
+
+@pytest.mark.parametrize(("world", "name"), OBSERVED)
+def test_observed_norms_equal_the_reference(results, world, name):
+    spec, got = CASES[world, name], results[world, name]
+    check_observed(got["observed"], reference(spec, world), 3, spec["rso"].get("sampler") == "gaussian", 1e-3)
 
 
 @pytest.mark.parametrize(("world", "plain", "local"), [(2, "ddp", "ddp-local"), (4, "hsdp", "hsdp-local")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -184,3 +185,50 @@ def test_real_text_loss_falls(space):
     assert done.returncode == 0, done.stderr[-3000:]
     first, last = space.metrics("real")[0], space.metrics("real")[-1]
     assert last["val_loss"] < first["val_loss"] - 0.3
+
+
+def test_monitors_of_the_json(space):
+    """CSV, TensorBoard and Weights & Biases get the numbers of metrics.jsonl, over samples; beside DeepSpeed's own."""
+    for package in ("tensorboard", "wandb"):
+        pytest.importorskip(package)
+    folder = space.folder / "monitors"
+    flags = [f"csv_monitor.enabled=true|csv_monitor.output_path={folder}/csv|csv_monitor.job_name=run"]
+    flags += [f"tensorboard.enabled=true|tensorboard.output_path={folder}/board|tensorboard.job_name=run"]
+    flags += ["wandb.enabled=true|wandb.project=rso_ds"]
+    sets = [x for flag in "|".join(flags).split("|") for x in ("--set", flag)]
+    os.environ["WANDB_MODE"] = "offline"
+    try:
+        done = space.run("monitored", "--sample-tokens", "0", *sets, "--set", "optimizer.params.interval=3")
+    finally:
+        del os.environ["WANDB_MODE"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [r for r in space.metrics("monitored") if "loss" in r]
+    for key in ("loss", "merge_ratio", "subspace_grad_norm", "draw"):
+        lines = (folder / "csv" / "run" / f"rso_ds_{key}.csv").read_text().splitlines()
+        written = {int(step): float(value) for step, value in (line.split(",") for line in lines[1:])}
+        assert written == {r["step"] * 8: pytest.approx(r[key]) for r in records if key in r}
+    assert (folder / "csv" / "run" / "Train_Samples_lr.csv").is_file()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "board" / "run"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("rso_ds/loss")] == [
+        (r["step"] * 8, pytest.approx(r["loss"], rel=1e-6)) for r in records
+    ]
+    (offline,) = (space.folder / "monitored" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = offline.read_bytes()
+    assert b"rso_ds/merge_ratio" in content
+    assert b"rso_ds/comm_bytes/gradient" in content
+
+
+def test_a_monitor_without_its_package_is_refused(monkeypatch):
+    import importlib.util
+
+    from rso_ds import RSOConfigError
+    from rso_ds.training.monitor import check_monitors
+
+    assert not check_monitors({"wandb": {"enabled": False}})
+    assert check_monitors({"csv_monitor": {"enabled": True}})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RSOConfigError, match="'wandb' of the DeepSpeed JSON is enabled: pip install wandb"):
+        check_monitors({"wandb": {"enabled": True}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from rso_ds.memory.account import Account, Accountant, model_builder
 from rso_ds.memory.profile import StepProfiler, report
 from rso_ds.memory.states import Engine
 from rso_ds.models import LLAMA_SHAPES
+from rso_ds.observer import Observer
 from rso_ds.training.arguments import TrainArguments
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
@@ -31,6 +33,7 @@ from rso_ds.training.engines import build_engine
 from rso_ds.training.evaluation import held_out_loss, perplexity, sample
 from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes, per_step, traffic_summary, validation
 from rso_ds.training.model_card import write_card
+from rso_ds.training.monitor import Monitor, check_monitors
 from rso_ds.training.signals import EXIT_REQUEUE, Interruption
 from rso_ds.training.steps import Meeting, StepWatch
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
@@ -54,6 +57,8 @@ class Job:
         self.tokens_per_step = self.micro * self.accumulation * place.world_size * args.seq_len
         self.steps = self._number_of_steps()
         self.ds_json = fill(ds_json, args, place.world_size, self.steps, place.on_gpu)
+        if check_monitors(self.ds_json):
+            os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
         self.engine = build_engine(args, self.ds_json, len(self.tokenizer), place)
         if place.rank == 0:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -64,6 +69,7 @@ class Job:
             raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
+        self.monitor = Monitor(self.ds_json, self.engine, self.tokens_per_step // args.seq_len)
         self.display = Display(self.steps, self.first_step, place.rank == 0)
 
     # -- building ------------------------------------------------------------------------------------
@@ -163,6 +169,12 @@ class Job:
 
     def run(self, interruption: Interruption) -> bool:
         """Train to the last step, unless a signal comes: then save and return False."""
+        try:
+            return self._train(interruption)
+        finally:
+            self.monitor.close()
+
+    def _train(self, interruption: Interruption) -> bool:
         args, engine, display = self.args, self.engine, self.display
         metrics = (
             MetricsFile(self.output / "metrics.jsonl", self.first_step if self.first_step else None)
@@ -179,6 +191,7 @@ class Job:
         if metrics and self.first_step == 0:
             metrics.write({"step": 0, "tokens": 0, **validation(before)})
         engine.train()
+        observer = Observer(engine.rso) if hasattr(engine, "rso") else None
         meeting = Meeting(self.place, engine.traffic, args.timeout)
         watch = StepWatch(args.max_skipped, engine.skipped_steps, self.output / "checkpoints")
         window_start, window_first = time.monotonic(), self.first_step
@@ -186,10 +199,13 @@ class Job:
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
             lr = engine.optimizer.param_groups[0]["lr"]
+            evaluate = step % args.eval_interval == 0 or step == self.steps
+            log = step % args.log_interval == 0 or evaluate or step == self.first_step + 1
+            if observer and log:
+                observer.watch_step()
             loss, stop = meeting(self._train_step(step - 1), interruption.requested)
             watch.after(step, loss, engine.skipped_steps)
-            evaluate = step % args.eval_interval == 0 or step == self.steps
-            if step % args.log_interval == 0 or evaluate or step == self.first_step + 1:
+            if log:
                 taken = step - window_first
                 elapsed = time.monotonic() - window_start
                 record = {
@@ -207,10 +223,11 @@ class Job:
                 if evaluate:
                     after = self._evaluate()
                     record |= validation(after)
-                if hasattr(engine, "rso"):
-                    record |= {"draw": engine.rso.draw, "applied_steps": engine.rso.applied_steps}
+                if observer:
+                    record |= observer.record()
                 if metrics:
                     metrics.write(record)
+                self.monitor.write(record)
                 display.step(record)
                 window_start, window_first = time.monotonic(), step
                 sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")

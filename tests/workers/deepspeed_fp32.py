@@ -13,6 +13,7 @@ from deepspeed_cases import MICRO, STEPS, fp32_cases
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
+from rso_ds.observer import Observer
 
 OUT = Path(sys.argv[1])
 
@@ -36,23 +37,26 @@ def run(spec):
         model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
     engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
     engine.train()
-    losses, lrs = [], []
+    losses, lrs, observed, observer = [], [], [], Observer(engine.rso)
     sent_before = engine.traffic.total("gradient")  # the counter is the process's, not the engine's
     for step in range(STEPS):
         ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
         lrs.append(engine.rso.shards.solver.param_groups[0]["lr"])
         total = 0.0
+        observer.watch_step()
         for micro in ids.view(spec["gas"], world, MICRO, -1)[:, rank]:
             loss = tiny_llama.loss_of(engine, micro)
             engine.backward(loss)
             engine.step()
             total += loss.item() / spec["gas"]
         losses.append(total)
+        observed.append(observer.record())
     mean = torch.tensor(losses)
     dist.all_reduce(mean)
     result = {
         "losses": (mean / world).tolist(),
         "lrs": lrs,
+        "observed": observed,
         "draw": engine.rso.draw,
         "applied": engine.rso.applied_steps,
         "solver": type(engine.rso.shards.solver).__name__,

@@ -17,6 +17,7 @@ from torch_cases import MICRO, four_rank_cases, two_rank_cases
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.comm import BucketCompression, compress_hook, install
+from rso_ds.observer import Observer
 
 OUT = Path(sys.argv[1])
 
@@ -58,10 +59,12 @@ def run(spec):
     optimizer = rso_ds.RSO(model, config, **extra)
     model.train()
     losses, traffic = [], install()
+    observed, observer = [], Observer(optimizer.boundary)
     before = {kind: traffic.total(kind) for kind in ("gradient", "weights", "boundary")}
     for step in range(spec["steps"]):
         ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
         total = 0.0
+        observer.watch_step()
         optimizer.zero_grad()
         micros = ids.view(spec["gas"], world, MICRO, -1)[:, rank]
         for i, micro in enumerate(micros):
@@ -80,10 +83,12 @@ def run(spec):
             nn.utils.clip_grad_norm_(model.parameters(), spec["clip"])
         optimizer.step()
         losses.append(total)
+        observed.append(observer.record())
     mean = torch.tensor(losses)
     dist.all_reduce(mean)
     return {
         "losses": (mean / world).tolist(),
+        "observed": observed,
         "draw": optimizer.boundary.draw,
         "applied": optimizer.boundary.applied_steps,
         "trainable": sum(p.numel() for p in bare.parameters() if p.requires_grad),

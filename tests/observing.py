@@ -1,0 +1,22 @@
+"""What ``rso_ds.observer`` saw of a run, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from reference import Result
+
+
+def check_observed(observed: list[dict[str, Any]], expected: Result, interval: int, gaussian: bool, tolerance: float):
+    """Norms of B's gradient to ``tolerance``, sizes of merges too, but for the gaussian's expected ones."""
+    assert len(observed) == len(expected.gradient_norms)
+    for step, (record, norm) in enumerate(zip(observed, expected.gradient_norms, strict=True)):
+        assert record["subspace_grad_norm"] == pytest.approx(norm, rel=tolerance), step
+        crossed = (step + 1) // interval
+        assert record["draw"] == crossed
+        if crossed:
+            ratio = expected.merge_ratios[crossed - 1]
+            assert record["merge_ratio"] == pytest.approx(ratio, rel=0.1 if gaussian else tolerance), step
+        else:
+            assert "merge_ratio" not in record
