@@ -30,14 +30,14 @@ GALORE = ["--method", "full", "--optim", "galore_adamw", "--optim_args", f"rank=
 GRIDS = {
     "banking77": {
         "AdamW": (["--method", "full"], (3e-4, 6e-4, 1.2e-3)),
-        "LoRA": (LORA, (2.5e-4, 5e-4, 1e-3)),
+        "LoRA": (LORA, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
         "GaLore": ([*GALORE, "--optim_target_modules", ".*(attention|intermediate|output).*"], (3e-4, 6e-4, 1.2e-3)),
         "RSO": (RSO, (6e-4, 1.2e-3, 2.4e-3)),
         "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings"]'], (6e-4, 1.2e-3, 2.4e-3)),
     },
     "gsm8k": {
         "AdamW": (["--method", "full"], (5e-4, 1e-3, 2e-3)),
-        "LoRA": (LORA, (2.5e-4, 5e-4, 1e-3)),
+        "LoRA": (LORA, (1e-3, 2e-3, 4e-3)),
         "GaLore": ([*GALORE, "--optim_target_modules", ".*(attn|mlp).*"], (5e-4, 1e-3, 2e-3)),
         "RSO": (RSO, (1e-3, 2e-3, 4e-3)),
         "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings","head"]'], (1e-3, 2e-3, 4e-3)),

@@ -16,6 +16,7 @@ from rso_ds.config import RSOConfig
 from rso_ds.ds_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOError
 from rso_ds.memory import command as memory
+from rso_ds.report import command as report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,13 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_arguments(
         commands.add_parser("export", help="a checkpoint as a Hugging Face model, or as a LoRA adapter; no GPU needed")
     )
+    report.add_arguments(
+        commands.add_parser("report", help="runs beside each other on one page: losses, memory, bytes")
+    )
     doctor.add_arguments(
         commands.add_parser(
             "doctor", help="what a job will meet here, and how to mend it; run it as the job's first step"
         )
     )
     args = parser.parse_args(argv)
-    actions = {"export": export.run, "memory": memory.run, "comm": comm.run, "plan": plan.run, "check": _check}
+    actions = {
+        "export": export.run, "memory": memory.run, "comm": comm.run, "plan": plan.run, "check": _check,
+        "report": report.run,
+    }  # fmt: skip
     try:
         if args.command == "doctor":
             sys.exit(doctor.run(args))

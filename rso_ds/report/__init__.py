@@ -1,0 +1,1 @@
+"""``rso-ds report``: runs beside each other on one page."""
