@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 import rso_ds  # noqa: F401  (its import is what this program is for)
+from rso_ds.comm.shutdown import leave_process_groups
 
 _USAGE = "usage: deepspeed --module rso_ds.run [-m] PROGRAM [ARGUMENTS ...]"
 
@@ -42,9 +41,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         sys.path[0] = str(Path(program).resolve().parent)
         runpy.run_path(program, run_name="__main__")
-    # Programs seldom do it, and gloo's threads have been seen to abort the interpreter's shutdown without.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_groups()  # programs seldom do
 
 
 def _refuse(message: str) -> None:

@@ -88,6 +88,13 @@ def test_runs_of_hugging_faces_trainer(tmp_path):
     (got,) = load_runs([folder])
     assert got.seconds[10] == 5.0
     assert got.sent[10] == 100.0
+    told = {"draw": 1, "merge_ratio": 0.5, "subspace_grad_norm": 2.0, "comm_bytes_per_step": 7, "peak_memory_bytes": 9}
+    history = [{**entry, **told} if "loss" in entry else entry for entry in history]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (got,) = load_runs([folder])
+    assert got.merge_ratio == [(5, 0.5)]
+    assert got.gradient == [(5, 2.0), (10, 2.0)]
+    assert got.sent == {5: 35.0, 10: 70.0}
 
 
 def test_refusals(run, tmp_path, monkeypatch):

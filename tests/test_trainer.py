@@ -6,6 +6,7 @@ import pytest
 import tiny_llama
 import torch
 from deepspeed_cases import MICRO, RANK, RSO_DEFAULTS
+from observing import check_observed
 from ranks import run_ranks
 from reference import Settings, train
 from trainer_cases import ENGINES, LR, SAVE_AT, STEPS, cases, lr_scale, weight_decay
@@ -57,6 +58,8 @@ def test_training_equals_the_reference(results, name):
         assert got["weights"].keys() >= expected.weights.keys()
         for key, weight in expected.weights.items():
             assert (got["weights"][key] - weight).abs().max() < tolerance, key
+        check_observed(got["observed"], expected, RSO_DEFAULTS["interval"], gaussian=False, tolerance=1e-4)
+    assert all(entry["comm_bytes_per_step"] > 0 < entry["peak_memory_bytes"] for entry in got["observed"])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

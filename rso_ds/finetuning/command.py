@@ -9,22 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from rso_ds.comm.counter import install
+from rso_ds.comm.shutdown import leave_process_groups
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOError
 from rso_ds.finetuning import causal, classification
 from rso_ds.finetuning.arguments import CausalArguments, ClassificationArguments, FinetuneArguments, parse_arguments
 from rso_ds.finetuning.data import load_splits
+from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.integrations.trainer import with_rso
 from rso_ds.layers import rso_layers
 from rso_ds.layers.partitioned import full_shape
 from rso_ds.layers.targets import DEFAULT_TARGETS
 from rso_ds.memory.kept import KeptRecorder
-from rso_ds.training.metrics import peak_memory_bytes
+from rso_ds.memory.peak import peak_memory_bytes
 from rso_ds.training.model_card import write_card
 
 
@@ -39,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = Path(training.output_dir or ".") / "results.json"
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(results, indent=2), flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_groups()
 
 
 def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
         parts["model"] = _with_lora(parts["model"], ours)
     elif method == "rso" and training.deepspeed is None:
         base, parts["rso"] = with_rso(base), ours.rso_keys()
+    elif method == "rso":
+        base = with_subspace_logs(base)
     traffic = install()
     trainer = base(args=training, **parts)
     before = traffic.by_kind()

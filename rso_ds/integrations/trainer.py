@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from rso_ds.boundary import Boundary
 from rso_ds.checkpoint import Checkpointer, dense_state_dict
 from rso_ds.config import RSOConfig
 from rso_ds.engines.fsdp2 import refuse_fsdp1
 from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
+from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.layers import convert, rso_layers, summary_table
 from rso_ds.optim.groups import decay_groups
 
@@ -76,27 +78,20 @@ class _Factory:
         return LateRSO(model, config, decay_groups(model, weight_decay))
 
 
-class _Attach(TrainerCallback):
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer.attach_rso()
-
-
 def with_rso(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of ``trainer_class`` (``Trainer``, TRL's ``SFTTrainer``, ...) that trains with RSO.
 
     Its constructor takes ``rso``: the keys of ``RSOConfig`` but learning rate, betas, eps and weight decay, which
     are those of TrainingArguments. Saved models are dense; ``checkpoint-N/rso`` holds RSO's own checkpoint, from
-    which ``resume_from_checkpoint`` continues exactly and ``load_best_model_at_end`` loads.
+    which ``resume_from_checkpoint`` continues exactly and ``load_best_model_at_end`` loads. Logs as of
+    ``with_subspace_logs``.
 
         trainer = with_rso(Trainer)(model=model, args=args, train_dataset=data, rso={"rank_ratio": 0.25})
 
     The constructor raises ``RSOConfigError`` for a bad key, and under DeepSpeed, whose JSON selects RSO instead.
     """
 
-    class RSOTrainer(trainer_class):  # type: ignore[misc, valid-type]
+    class RSOTrainer(with_subspace_logs(trainer_class)):  # type: ignore[misc]
         def __init__(self, *args: Any, rso: Mapping[str, Any], **kwargs: Any) -> None:
             if kwargs.get("optimizer_cls_and_kwargs") or any(kwargs.get("optimizers") or ()):
                 raise RSOConfigError("there is an optimizer in code and rso=: remove one of them.")
@@ -108,7 +103,10 @@ def with_rso(trainer_class: type[Trainer]) -> type[Trainer]:
                 )
             config = configuration(rso, self.args)
             self.optimizer_cls_and_kwargs = (_Factory, {"config": config, "weight_decay": self.args.weight_decay})
-            self.add_callback(_Attach(self))
+
+        def rso_boundary(self) -> Boundary:
+            self.attach_rso()
+            return self.optimizer.optimizer.boundary
 
         def attach_rso(self) -> None:
             """Complete the optimizer, now that Accelerate has wrapped the model. Idempotent."""

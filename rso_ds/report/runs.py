@@ -126,14 +126,22 @@ def _of_trainer(folder: Path, name: str) -> Run:
     except (ValueError, KeyError, TypeError) as error:
         raise RSOError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
     run = Run(name, {"trainer": "Hugging Face"})
+    sent = 0.0
+    before = drawn = 0
     for entry in history:
         step = int(entry["step"])
-        for curve, key in (
-            (run.loss, "loss"), (run.held_out, "eval_loss"),
-            (run.merge_ratio, "merge_ratio"), (run.gradient, "subspace_grad_norm"),
-        ):  # fmt: skip
+        for curve, key in ((run.loss, "loss"), (run.held_out, "eval_loss"), (run.gradient, "subspace_grad_norm")):
             if key in entry:
                 curve.append((step, float(entry[key])))
+        if "merge_ratio" in entry and entry["draw"] != drawn:
+            run.merge_ratio.append((step, float(entry["merge_ratio"])))
+            drawn = entry["draw"]
+        if "comm_bytes_per_step" in entry:  # rso_ds.integrations.logs
+            sent += entry["comm_bytes_per_step"] * (step - before)
+            run.sent[step], before = sent, step
+            run.bytes_per_step = sent / step
+        if "peak_memory_bytes" in entry:
+            run.peak_memory = max(run.peak_memory or 0, entry["peak_memory_bytes"])
         if "num_input_tokens_seen" in entry:
             run.tokens[step] = float(entry["num_input_tokens_seen"])
     results = folder / "results.json"
@@ -144,7 +152,8 @@ def _of_trainer(folder: Path, name: str) -> Run:
         run.bytes_per_step = float(sum(told.get("comm_bytes_per_step", {}).values()))
         per_step = told.get("seconds_per_step")
         for step, _ in run.loss if per_step else ():
-            run.seconds[step], run.sent[step] = step * per_step, step * run.bytes_per_step
+            run.seconds[step] = step * per_step
+            run.sent.setdefault(step, step * run.bytes_per_step)
     return run
 
 

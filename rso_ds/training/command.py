@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch.distributed as dist
-
 from rso_ds.comm.failures import NO_ROOM, lost_rank
+from rso_ds.comm.shutdown import leave_process_groups
 from rso_ds.errors import RSOError
 from rso_ds.training.arguments import parse_arguments
 from rso_ds.training.corpus import Corpus
@@ -64,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(message)
     if not complete:
         ignore_signals()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_groups()
     if not complete:
         sys.exit(EXIT_REQUEUE)

@@ -20,6 +20,7 @@ from rso_ds.comm.outcome import agreed
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
 from rso_ds.memory.account import Account, Accountant, model_builder
+from rso_ds.memory.peak import peak_memory_bytes
 from rso_ds.memory.profile import StepProfiler, report
 from rso_ds.memory.states import Engine
 from rso_ds.models import LLAMA_SHAPES
@@ -31,7 +32,7 @@ from rso_ds.training.deepspeed_json import batch_sizes, fill
 from rso_ds.training.distributed import Place
 from rso_ds.training.engines import build_engine
 from rso_ds.training.evaluation import held_out_loss, perplexity, sample
-from rso_ds.training.metrics import Display, MetricsFile, peak_memory_bytes, per_step, traffic_summary, validation
+from rso_ds.training.metrics import Display, MetricsFile, per_step, traffic_summary, validation
 from rso_ds.training.model_card import write_card
 from rso_ds.training.monitor import Monitor, check_monitors
 from rso_ds.training.signals import EXIT_REQUEUE, Interruption

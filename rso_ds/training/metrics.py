@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rso_ds.comm.counter import KINDS, CommCounter
 from rso_ds.training.evaluation import perplexity
-
-
-def peak_memory_bytes() -> int:
-    """Peak so far: of the CUDA allocator on a GPU, of the process's resident set on a CPU."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def validation(loss: float) -> dict[str, float | None]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import rso_ds
+from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.integrations.trainer import with_rso
 
 OUT = Path(sys.argv[1])
@@ -40,7 +41,7 @@ def admit_fsdp_on_cpu():
     PartialState.__init__ = init
 
 
-def trainer_of(spec, name, **options):
+def trainer_of(spec, name, logs=False, **options):
     options = {**spec.get("arguments", {}), "weight_decay": weight_decay(spec), **options}
     micro_batches = options.get("gradient_accumulation_steps", 1) * dist.get_world_size()
     if "fsdp" in options:
@@ -48,7 +49,7 @@ def trainer_of(spec, name, **options):
     json = deepspeed_json(spec["stage"], spec.get("rso")) if "stage" in spec else None
     args = TrainingArguments(str(OUT / name), deepspeed=json, **arguments(**options))
     model = AutoModelForCausalLM.from_pretrained(START, attn_implementation="eager")  # zero.Init at stage 3
-    kind, more = InOrder, {}
+    kind, more = with_subspace_logs(InOrder) if logs else InOrder, {}
     if json is None:
         kind, more = with_rso(InOrder), {"rso": {**RSO_KEYS, **spec.get("rso", {})}}
     data = Tokens(STEPS, MICRO * micro_batches)
@@ -81,6 +82,7 @@ def result_of(trainer, **more):
     bare, boundary = bare_and_boundary(trainer)
     found = {
         "losses": losses(trainer),
+        "observed": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluations": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "weights": rso_ds.checkpoint.dense_state_dict(bare),
         "draw": boundary.draw,
@@ -93,7 +95,7 @@ def result_of(trainer, **more):
 
 
 def train(spec):
-    trainer = trainer_of(spec, "train")
+    trainer = trainer_of(spec, "train", logs=True)
     trainer.train()
     return result_of(trainer)
 
