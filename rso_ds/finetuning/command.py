@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from rso_ds.comm.counter import install
 from rso_ds.comm.shutdown import leave_process_groups
@@ -46,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
     """Fine-tune, evaluate, save the dense model; returns what ``results.json`` holds. All ranks call it."""
     method = ours.settle_method(training)
+    set_seed(training.seed)  # a new classifier's weights are drawn before Trainer seeds anything
     with training.main_process_first(desc="reading the data"):
         rows, held_out = load_splits(ours, training.seed)
     if isinstance(ours, ClassificationArguments):
         base: Any = Trainer
+        # Trainer takes every model for one whose loss is a sum over tokens of all ranks: it would multiply this mean.
+        training.average_tokens_across_devices = False
         parts = classification.trainer_parts(ours, training.seed, rows, held_out)
     else:
         assert isinstance(ours, CausalArguments)
