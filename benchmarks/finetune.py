@@ -36,11 +36,11 @@ GRIDS = {
         "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings"]'], (6e-4, 1.2e-3, 2.4e-3)),
     },
     "gsm8k": {
-        "AdamW": (["--method", "full"], (5e-4, 1e-3, 2e-3)),
-        "LoRA": (LORA, (1e-3, 2e-3, 4e-3)),
-        "GaLore": ([*GALORE, "--optim_target_modules", ".*(attn|mlp).*"], (5e-4, 1e-3, 2e-3)),
-        "RSO": (RSO, (1e-3, 2e-3, 4e-3)),
-        "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings","head"]'], (1e-3, 2e-3, 4e-3)),
+        "AdamW": (["--method", "full"], (1e-3, 2e-3, 4e-3)),
+        "LoRA": (LORA, (2e-3, 4e-3, 8e-3)),
+        "GaLore": ([*GALORE, "--optim_target_modules", ".*(attn|mlp).*"], (1e-3, 2e-3, 4e-3)),
+        "RSO": (RSO, (2e-3, 4e-3, 8e-3)),
+        "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings","head"]'], (2e-3, 4e-3, 8e-3)),
     },
 }
 # What is compared, whether more of it is better, and how it is shown.
