@@ -217,7 +217,20 @@ REFUSED = {
 }
 
 
-def test_refusals(folder, monkeypatch, capsys):
+@pytest.fixture
+def no_traces(monkeypatch):
+    """TrainingArguments leaves environment variables, and DeepSpeed's JSON to every model built afterwards."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    before = dict(os.environ)
+    yield
+    unset_hf_deepspeed_config()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def test_refusals(folder, monkeypatch, capsys, no_traces):
     """One message each, before any training."""
     from rso_ds.finetuning.command import main
 

@@ -127,6 +127,8 @@ def gemma():
     )
 
 
+# Where a gradient is zero but for rounding (a bias of keys cancels in the softmax), this much of it differs.
+ROUNDING = 1e-8
 CAUSAL = {**{k: v[0] for k, v in MODELS.items() if k not in ("bert", "roberta")}, "gemma": gemma}
 
 
@@ -168,7 +170,7 @@ def test_whole_model_has_the_gradients_of_the_stock_blocks(kind, padded):
     torch.testing.assert_close(loss_l, loss_s, atol=1e-6, rtol=1e-6)
     assert grads_s.keys() == grads_l.keys()
     for name, want in grads_s.items():
-        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + 1e-9, name
+        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + ROUNDING, name
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
@@ -344,7 +346,7 @@ def test_a_head_trained_in_a_subspace_has_the_lean_loss(kind):
     assert grads_s.keys() == grads_l.keys()
     assert any(name.endswith(("embed_tokens.B", "wte.B")) for name in grads_l)
     for name, want in grads_s.items():
-        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + 1e-9, name
+        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + ROUNDING, name
     lean.eval(), stock.eval()
     torch.testing.assert_close(lean(**batch()).logits, stock(**batch()).logits)
     rso_ds.to_dense(lean)

@@ -131,3 +131,29 @@ def test_a_program_that_is_not_there(folder):
     assert done.returncode == 2
     assert "nothing.py does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+END = """
+import atexit, os, sys, threading, time
+class Late:
+    def __del__(self):
+        os.abort()
+late = Late()  # still there when the interpreter takes itself apart
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.5), print("thread")), daemon=False).start()
+sys.stdout.write("end ")
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize(("code", "status"), [("0", 0), ("", 0), ("3", 3), ("'a message'", 1)])
+def test_how_a_program_ends(tmp_path, code, status):
+    """Exit functions and threads have their turn; what goes wrong after them is not the finished program's fault."""
+    text = END.format(code=code) if status == 0 else END.format(code=code).replace("os.abort()", "pass")
+    (tmp_path / "program.py").write_text(text)
+    command = [sys.executable, "-m", "rso_ds.run", "program.py"]
+    env = {**os.environ, "PYTHONPATH": str(PROGRAMS.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=env)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "end thread\nat exit\n"
+    assert ("a message" in done.stderr) == (status == 1)
