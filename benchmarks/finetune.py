@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--rank", type=int, default=96)
+    parser.add_argument("--rank", type=int, default=96, help="a quarter of MiniLM's hidden size; choose it by --model")
     parser.add_argument("--methods", nargs="+", choices=grids("gsm8k", 1), default=None)
     args = parser.parse_args()
     model = args.model

@@ -127,9 +127,12 @@ def gemma():
     )
 
 
-# Where a gradient is zero but for rounding (a bias of keys cancels in the softmax), this much of it differs.
-ROUNDING = 1e-8
 CAUSAL = {**{k: v[0] for k, v in MODELS.items() if k not in ("bert", "roberta")}, "gemma": gemma}
+
+
+def rounding(name: str) -> float:
+    """A bias of keys cancels in the softmax: its gradient is rounding and nothing else."""
+    return 1e-8 if name.endswith("k_proj.bias") else 1e-9
 
 
 def pair(kind, dtype=torch.float32, **config):
@@ -170,7 +173,7 @@ def test_whole_model_has_the_gradients_of_the_stock_blocks(kind, padded):
     torch.testing.assert_close(loss_l, loss_s, atol=1e-6, rtol=1e-6)
     assert grads_s.keys() == grads_l.keys()
     for name, want in grads_s.items():
-        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + ROUNDING, name
+        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + rounding(name), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
@@ -346,7 +349,7 @@ def test_a_head_trained_in_a_subspace_has_the_lean_loss(kind):
     assert grads_s.keys() == grads_l.keys()
     assert any(name.endswith(("embed_tokens.B", "wte.B")) for name in grads_l)
     for name, want in grads_s.items():
-        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + ROUNDING, name
+        assert (grads_l[name] - want).norm() <= 1e-5 * want.norm() + rounding(name), name
     lean.eval(), stock.eval()
     torch.testing.assert_close(lean(**batch()).logits, stock(**batch()).logits)
     rso_ds.to_dense(lean)
