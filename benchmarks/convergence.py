@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,11 +25,11 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from convergence_methods import build
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-import rso_ds
 from rso_ds.models import llama_config
 from rso_ds.training.corpus import Corpus
 from rso_ds.training.dataset import PackedTokens, token_file
@@ -41,7 +41,6 @@ WARM_UP, FINAL, CLIP = 0.05, 0.1, 1.0
 SEEDS = (0, 1, 2)
 GRID = (2e-3, 4e-3)
 EXTENSIONS = 4
-RELORA_RESETS, RELORA_WARM_UP = 8, 10  # resets in a run, steps of warm-up after each
 
 PAPER = {"carry_over": "reset", "interval": 50}
 RULES = ("reset", "keep_second", "row_mean_second", "project")
@@ -77,6 +76,25 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "share": {f"shared by {how}": _rso(share_projection=how) for how in ("input", "shape")},
     "proximal": {f"proximal {x:g}": _rso(proximal=x) for x in (0.0, 1e-3, 1e-1)},
+    # Not in the package: benchmarks/trial_rules.py.
+    "rules": {
+        **{
+            rule.replace("_", " "): _rso(trial=rule)
+            for rule in ("rotate_row_mean", "row_second", "full_first_step", "growing_interval", "principal", "sweep")
+        },
+        "inner warm up, interval 50": _rso(trial="inner_warm_up", interval=50),
+        "sweep, coordinate": _rso(trial="sweep", sampler="coordinate"),
+        "important, coordinate": _rso(trial="important", sampler="coordinate"),
+    },
+    # Where a difference to AdamW comes from: its moments' decay, or a part of RSO without the subspace.
+    "why": {
+        **{
+            f"AdamW, beta1 {b1:g}, beta2 {b2:g}": {"method": "adamw", "betas": [b1, b2]}
+            for b1, b2 in ((0.9, 0.95), (0.9, 0.99), (0.5, 0.999))
+        },
+        "RSO, full rank, coordinate": _rso(rank_ratio=1.0, sampler="coordinate"),
+        "RSO, full rank, haar": _rso(rank_ratio=1.0),
+    },
 }
 
 
@@ -93,84 +111,6 @@ class Data:
 
     def batch(self, step: int) -> Tensor:
         return self.train.micro_batches(step, 1, 1, 0, BATCH)[0]
-
-
-def block_linears(model: nn.Module) -> list[nn.Linear]:
-    return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
-
-
-class Method:
-    """A model with its optimizer; ``after`` is called with the number of steps taken."""
-
-    def __init__(self, model: nn.Module, optimizer: Any, after: Callable[[int], None] | None = None) -> None:
-        self.model, self.optimizer, self.after = model, optimizer, after
-        self.groups = optimizer.param_groups
-        self.rates = [group["lr"] for group in self.groups]
-        self.scale: Callable[[int], float] = lambda step: 1.0
-
-
-def build(spec: dict[str, Any], model: PreTrainedModel, steps: int) -> Method:
-    options = dict(spec["options"])
-    method, lr = options.pop("method"), spec["lr"]
-    if method == "adamw":
-        return Method(model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0))
-    if method == "rso":
-        config = rso_ds.RSOConfig(lr=lr, seed=spec["seed"], **options)
-        rso_ds.convert(model, config)
-        return Method(model, rso_ds.RSO(model, config))
-    rank = max(1, round(options.pop("rank_ratio") * model.config.hidden_size))
-    assert not options, options
-    if method in ("galore", "apollo"):
-        return Method(model, _projected(method, model, rank, lr))
-    return _adapted(method, model, rank, lr, steps)
-
-
-def _projected(method: str, model: nn.Module, rank: int, lr: float) -> Any:
-    """Optimizers of dense layers that keep their state in a subspace; constants are their authors'."""
-    inside = [layer.weight for layer in block_linears(model)]
-    ids = {id(p) for p in inside}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    low = {"params": inside, "rank": rank, "update_proj_gap": 200}
-    if method == "galore":
-        from galore_torch import GaLoreAdamW
-
-        groups = [{"params": rest}, {**low, "scale": 0.25, "proj_type": "std"}]
-        return GaLoreAdamW(groups, lr=lr, weight_decay=0.0, no_deprecation_warning=True)
-    from apollo_torch import APOLLOAdamW
-
-    low |= {"scale": 1.0, "scale_type": "channel", "proj": "random", "proj_type": "std"}
-    return APOLLOAdamW([{"params": rest}, low], lr=lr, weight_decay=0.0)
-
-
-def _adapted(method: str, model: PreTrainedModel, rank: int, lr: float, steps: int) -> Method:
-    """LoRA from random weights, embeddings, head and norms dense; ReLoRA merges and begins again now and then."""
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
-
-    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if m in set(block_linears(model))})
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))
-    layers = [m for m in adapted.modules() if isinstance(m, LoraLayer)]
-    frozen = {id(layer.get_base_layer().weight) for layer in layers}
-    for p in adapted.parameters():
-        p.requires_grad_(id(p) not in frozen)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    if method == "lora":
-        return Method(adapted, optimizer)
-    every = max(1, steps // RELORA_RESETS)
-
-    @torch.no_grad()
-    def restart(done: int) -> None:
-        if done % every or done == steps:
-            return
-        for layer in layers:
-            layer.get_base_layer().weight += layer.get_delta_weight("default")
-            layer.reset_lora_parameters("default", True)
-            for factors in (layer.lora_A, layer.lora_B):
-                optimizer.state.pop(factors["default"].weight, None)
-
-    result = Method(adapted, optimizer, restart)
-    result.scale = lambda step: 1.0 if step < every else min(1.0, (step % every + 1) / RELORA_WARM_UP)
-    return result
 
 
 def schedule(step: int, steps: int) -> float:
@@ -205,8 +145,7 @@ def train(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
     curve = []
     start = time.perf_counter()
     for step in range(steps):
-        for group, rate in zip(method.groups, method.rates, strict=True):
-            group["lr"] = rate * schedule(step, steps) * method.scale(step)
+        method.set_rates(step, schedule(step, steps))
         ids = data.batch(step)
         loss = method.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()

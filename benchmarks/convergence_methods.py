@@ -1,0 +1,110 @@
+"""The optimizers that ``benchmarks/convergence.py`` compares, each on a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trial_rules import Trial, subspace_groups
+
+import rso_ds
+
+RELORA_RESETS, RELORA_WARM_UP = 8, 10  # resets in a run, steps of warm-up after each
+
+
+def block_linears(model: nn.Module) -> list[nn.Linear]:
+    return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+
+
+class Method:
+    """A model with its optimizer; ``after`` is called with the number of steps taken. ``scale(step)`` multiplies the
+    learning rates, where ``scaled`` of a group says so."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, after: Callable[[int], None] | None = None) -> None:
+        self.model, self.optimizer, self.after = model, optimizer, after
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.scaled = [True for _ in self.rates]
+        self.scale: Callable[[int], float] = lambda step: 1.0
+
+    def set_rates(self, step: int, schedule: float) -> None:
+        """Learning rates of step ``step``, from 0."""
+        for group, rate, scaled in zip(self.optimizer.param_groups, self.rates, self.scaled, strict=True):
+            group["lr"] = rate * schedule * (self.scale(step) if scaled else 1.0)
+
+
+def build(spec: dict[str, Any], model: PreTrainedModel, steps: int) -> Method:
+    options = dict(spec["options"])
+    method, lr = options.pop("method"), spec["lr"]
+    if method == "adamw":
+        return Method(model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options))
+    if method == "rso":
+        return _rso(model, options, lr, spec["seed"], steps)
+    rank = max(1, round(options.pop("rank_ratio") * model.config.hidden_size))
+    assert not options, options
+    if method in ("galore", "apollo"):
+        return Method(model, _projected(method, model, rank, lr))
+    return _adapted(method, model, rank, lr, steps)
+
+
+def _rso(model: PreTrainedModel, options: dict[str, Any], lr: float, seed: int, steps: int) -> Method:
+    rule = options.pop("trial", None)
+    # What is saved for backward changes no number; a trial may watch the inputs of every layer.
+    config = rso_ds.RSOConfig(lr=lr, seed=seed, lean="all" if rule is None else "none", **options)
+    rso_ds.convert(model, config)
+    optimizer = rso_ds.RSO(model, config)
+    result = Method(model, optimizer)
+    if rule is not None:
+        trial = Trial(rule, optimizer, config, steps)
+        result.after, result.scale, result.scaled = trial.after, trial.scale, subspace_groups(optimizer)
+    return result
+
+
+def _projected(method: str, model: nn.Module, rank: int, lr: float) -> Any:
+    """Optimizers of dense layers that keep their state in a subspace; constants are their authors'."""
+    inside = [layer.weight for layer in block_linears(model)]
+    ids = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    low = {"params": inside, "rank": rank, "update_proj_gap": 200}
+    if method == "galore":
+        from galore_torch import GaLoreAdamW
+
+        groups = [{"params": rest}, {**low, "scale": 0.25, "proj_type": "std"}]
+        return GaLoreAdamW(groups, lr=lr, weight_decay=0.0, no_deprecation_warning=True)
+    from apollo_torch import APOLLOAdamW
+
+    low |= {"scale": 1.0, "scale_type": "channel", "proj": "random", "proj_type": "std"}
+    return APOLLOAdamW([{"params": rest}, low], lr=lr, weight_decay=0.0)
+
+
+def _adapted(method: str, model: PreTrainedModel, rank: int, lr: float, steps: int) -> Method:
+    """LoRA from random weights, embeddings, head and norms dense; ReLoRA merges and begins again now and then."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if m in set(block_linears(model))})
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))
+    layers = [m for m in adapted.modules() if isinstance(m, LoraLayer)]
+    frozen = {id(layer.get_base_layer().weight) for layer in layers}
+    for p in adapted.parameters():
+        p.requires_grad_(id(p) not in frozen)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    if method == "lora":
+        return Method(adapted, optimizer)
+    every = max(1, steps // RELORA_RESETS)
+
+    @torch.no_grad()
+    def restart(done: int) -> None:
+        if done % every or done == steps:
+            return
+        for layer in layers:
+            layer.get_base_layer().weight += layer.get_delta_weight("default")
+            layer.reset_lora_parameters("default", True)
+            for factors in (layer.lora_A, layer.lora_B):
+                optimizer.state.pop(factors["default"].weight, None)
+
+    result = Method(adapted, optimizer, restart)
+    result.scale = lambda step: 1.0 if step < every else min(1.0, (step % every + 1) / RELORA_WARM_UP)
+    return result
