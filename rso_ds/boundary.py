@@ -8,6 +8,10 @@ After every ``interval`` applied optimizer steps, for every layer:
     solver state of B carried over by the chosen rule
     draw <- draw + 1, P redrawn
 
+With ``form: "folded"`` the first two of these (W <- W + B P^T, B <- 0) happen after every other applied step as
+well: W then always holds B P^T. A step of Adam or SGD does not depend on the B it starts from, so both forms take the
+same steps, up to rounding.
+
 (arXiv 2502.07222, outer loop of the method.) An engine supplies a ``Shards``: where W, B and the
 solver state live on this rank. The boundary never communicates anything of the size of W.
 """
@@ -49,6 +53,7 @@ class Shards(Protocol):
     """What an engine tells the boundary about one rank. All ranks make the same calls in the same order."""
 
     device: torch.device
+    merge_sends_weights: bool  # whether ``merge`` exchanges rows of W between ranks
 
     def begin(self) -> None:
         """Called before anything changes: drop gathered copies that would go stale."""
@@ -89,17 +94,17 @@ class Shards(Protocol):
 
 
 class Rounding:
-    """How an fp32 merge result goes back into W's dtype. Replicas round alike: same layer, same draw."""
+    """How an fp32 merge result goes back into W's dtype. Replicas round alike: same layer, same step."""
 
-    def __init__(self, kind: str, seed: int, draw: int) -> None:
-        self.kind, self.seed, self.draw = kind, seed, draw
+    def __init__(self, kind: str, seed: int, applied_steps: int) -> None:
+        self.kind, self.seed, self.applied_steps = kind, seed, applied_steps
 
     def __call__(self, merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         """``name`` identifies the rows that are rounded and seeds the random bits."""
         if self.kind == "nearest" or dtype != torch.bfloat16:
             return merged.to(dtype)
         generator = torch.Generator(device=merged.device)
-        generator.manual_seed(projection_seed(self.seed, "rounding:" + name, self.draw))
+        generator.manual_seed(projection_seed(self.seed, "rounding:" + name, self.applied_steps))
         return round_stochastically(merged, generator)
 
 
@@ -124,6 +129,12 @@ class Boundary:
             raise RSOUnsupportedError(
                 "'merge_rounding': 'stochastic' is for bf16 weights and these are fp16: use 'master_weights', or bf16."
             )
+        if config.form == "folded" and shards.merge_sends_weights:
+            raise RSOUnsupportedError(
+                "'form': 'folded' merges at every step, and with 'master_weights' where every rank holds W whole a"
+                " merge sends W: use 'form': 'two_path', ZeRO-3 or FSDP2, or 'merge_rounding': 'stochastic' in place of"
+                " masters."
+            )
         self.config = config
         self.layers = layers
         self.shards = shards
@@ -144,10 +155,33 @@ class Boundary:
         self.applied_steps += 1
         for i, (wd, group) in enumerate(zip(self._weight_decays, self._lr_groups, strict=True)):
             self._decay[i] *= 1.0 - lrs[group] * wd
-        if self.applied_steps % self.config.interval:
-            return False
-        self.cross()
-        return True
+        if self.applied_steps % self.config.interval == 0:
+            self.cross()
+            return True
+        if self.config.form == "folded":
+            self.fold()
+        return False
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Merge and zero B, and stay in the subspace with the solver's state as it is."""
+        with traffic().phase("boundary"):
+            self.shards.begin()
+            rounding = self._rounding()
+            for i, (name, layer) in enumerate(self.layers.items()):
+                P = layer.subspace.current(self.shards.device, layer.weight.dtype)
+                self.shards.merge(name, layer, P, self._decay[i], rounding)
+                self._zero(layer)
+            self._decay = [1.0] * len(self._decay)
+            self.shards.end()
+
+    def _rounding(self) -> Rounding:
+        return Rounding(self.config.merge_rounding, self.config.seed, self.applied_steps)
+
+    def _zero(self, layer: SubspaceLayer) -> None:
+        for master in self.shards.solver_part(layer.B).masters:
+            master.zero_()
+        self.shards.zero(layer)
 
     @torch.no_grad()
     def cross(self) -> None:
@@ -162,7 +196,7 @@ class Boundary:
         if self.before_merge is not None:
             self.before_merge()
         split_rows = self._collect_split_rows() if self._carry_over.needs_whole_rows else {}
-        rounding = Rounding(self.config.merge_rounding, self.config.seed, self.draw)
+        rounding = self._rounding()
         members: dict[int, list[int]] = {}
         named = list(self.layers.items())
         for i, (_, layer) in enumerate(named):
@@ -176,7 +210,7 @@ class Boundary:
                 name, layer = named[i]
                 self.shards.merge(name, layer, p_old, self._decay[i], rounding)
                 self._carry(i, layer, turn, split_rows)
-                self.shards.zero(layer)
+                self._zero(layer)
             subspace.move_to(self.draw + 1, p_new)
         if self._carry_over.restarts_step:
             self.shards.restart_step()
@@ -189,8 +223,6 @@ class Boundary:
         self, index: int, layer: SubspaceLayer, turn: Tensor | None, split_rows: dict[tuple[int, int], Tensor]
     ) -> None:
         shard = self.shards.solver_part(layer.B)
-        for master in shard.masters:
-            master.zero_()
         if shard.first is None or shard.start == shard.stop:
             return
         rank = layer.subspace.rank
@@ -290,6 +322,7 @@ class Boundary:
             "seed": self.config.seed,
             "sampler": self.config.sampler,
             "interval": self.config.interval,
+            "form": self.config.form,
             "layers": {
                 name: [layer.out_features, layer.in_features, layer.subspace.rank, layer.subspace.name]
                 for name, layer in self.layers.items()
@@ -299,6 +332,7 @@ class Boundary:
     def check_state(self, state: dict[str, Any], source: str) -> None:
         """Raise ``RSOCheckpointError`` if ``state`` is not of this model and configuration."""
         mine = self.state_dict()
+        state = {"form": "two_path", **state}  # checkpoints from before there was a choice do not name it
         missing = sorted(set(mine) - set(state))
         if missing:
             raise RSOCheckpointError(f"{source}: damaged RSO state, no '{missing[0]}'.")
@@ -309,11 +343,16 @@ class Boundary:
                 f"{source} is of another model or rank: layer '{name}' is [out, in, rank, group]"
                 f" {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here."
             )
-        for key in ("seed", "sampler", "interval"):
+        for key, consequence in (
+            ("seed", "P would not be the same"),
+            ("sampler", "P would not be the same"),
+            ("interval", "the boundaries would not be the same"),
+            ("form", "its B is part of W in one form and not in the other"),
+        ):
             if state[key] != mine[key]:
                 raise RSOCheckpointError(
                     f"{source} was trained with '{key}': {state[key]!r}, this run has {mine[key]!r}:"
-                    " P and the boundaries would not be the same. Restore the key."
+                    f" {consequence}. Restore the key."
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

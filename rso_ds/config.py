@@ -22,6 +22,7 @@ SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
 MERGE_ROUNDINGS = ("nearest", "stochastic")
 MASTER_WEIGHTS = ("none", "device", "cpu")
 COMMUNICATE = ("every_step", "boundary")
+FORMS = ("two_path", "folded")
 SHARED_PROJECTIONS = ("input", "shape")
 LEAN_PIECES = ("shared_input", "norm", "activation", "loss", "liger")
 AUTO = "auto"
@@ -59,6 +60,11 @@ class RSOConfig:
     sampler: str = _key("haar", f"Distribution of P: {SAMPLERS}.")
     carry_over: str = _key(
         "row_mean_second", f"What becomes of the solver state of B at a boundary: {CARRY_OVER_RULES}."
+    )
+    form: str = _key(
+        "two_path",
+        f"How a layer computes with B: {FORMS}. 'two_path': x W^T + (x P) B^T. 'folded': B P^T is added to W after"
+        " every applied step, so that forward is x W^T; less arithmetic, W is written at every step.",
     )
     proximal: float = _key(0.0, "1/eta of the paper's subproblem: the gradient of B gains proximal * B.")
     targets: str | Sequence[str] = _key(
@@ -119,6 +125,7 @@ class RSOConfig:
         _choice("sampler", self.sampler, SAMPLERS)
         _choice("solver", self.solver, SOLVERS)
         _choice("carry_over", self.carry_over, CARRY_OVER_RULES)
+        _choice("form", self.form, FORMS)
         _choice("merge_rounding", self.merge_rounding, MERGE_ROUNDINGS)
         _choice("master_weights", self.master_weights, MASTER_WEIGHTS)
         if self.master_weights != "none" and self.merge_rounding == "stochastic":
@@ -134,6 +141,12 @@ class RSOConfig:
             )
         if self.outer_momentum and self.master_weights != "none":
             raise RSOConfigError("'outer_momentum' and 'master_weights' are not supported together: keep one of them.")
+        for key, unset in (("proximal", 0.0), ("communicate", "every_step")):
+            if self.form == "folded" and getattr(self, key) != unset:
+                raise RSOConfigError(
+                    f"'{key}': {getattr(self, key)!r} needs the B of the whole subspace, and 'form': 'folded' keeps"
+                    " that of one step: set 'form' to 'two_path'."
+                )
         if not isinstance(self.torch_adam, bool):
             raise RSOConfigError(f"'torch_adam' must be true or false, got {self.torch_adam!r}.")
         if self.solver == "sgd" and self.carry_over in SECOND_MOMENT_RULES:

@@ -60,6 +60,11 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
     if world == 2:
         for stage in (0, 1, 2, 3):
             found[f"zero{stage}-gas2"] = case("zero", "rso", stage, gas=2)
+        folded = {"rank_ratio": 0.25, "form": "folded"}
+        for stage in (0, 1, 2, 3):
+            found[f"zero{stage}-folded"] = case("zero", "rso", stage, rso=folded)
+        found["fsdp2-folded"] = case("fsdp2", rso=folded)
+        found["ddp-folded"] = case("ddp", rso=folded)
         found["zero2-bf16"] = case("zero", "rso", 2, json={"bf16": {"enabled": True}})
         found["zero2-comm-bf16"] = case("zero", "rso", 2, json={"communication_data_type": "bf16"})
         zero = {"stage3_param_persistence_threshold": 0}
@@ -82,6 +87,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found["zero3-hpz-adamw"] = case("zero", "adamw", 3, zero=hpz)
         found["zero3-hpz-rso"] = case("zero", "rso", 3, zero=hpz)
         found["zero3-hpz-rso-gas2"] = case("zero", "rso", 3, zero=hpz, gas=2)
+        found["zero3-hpz-folded"] = case("zero", "rso", 3, zero=hpz, rso={"rank_ratio": 0.25, "form": "folded"})
         found["zero3-hpz-small"] = case("zero", "rso", 3, zero={"zero_hpz_partition_size": 2})
         found["zero3-hpz-checkpointing"] = case("zero", "rso", 3, zero=hpz, gas=2, checkpointing=True)
     return found

@@ -16,6 +16,7 @@ ODD_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "
 TOKENS = {"targets": ["default", "embeddings", "head"]}
 ODD_VOCAB = {"vocab": 63}
 TIED = {"tie": True}
+FOLDED = {"form": "folded"}
 
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "torch_adam": True}
 CPU = {"device": "cpu"}
@@ -92,6 +93,10 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
             {"weight_decay": 0.1},
             scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 3}},
         )
+        cases[f"{z}-folded"] = case(stage, FOLDED, gas=2, clip=0.3)
+        cases[f"{z}-folded-split_rows"] = case(stage, {**odd, **FOLDED, "carry_over": "project"}, intermediate=85)
+        cases[f"{z}-folded-coordinate"] = case(stage, {**FOLDED, "sampler": "coordinate", "weight_decay": 0.1})
+        cases[f"{z}-folded-tied"] = case(stage, {**FOLDED, **TOKENS}, model={**TIED, **ODD_VOCAB})
     for stage in (1, 2, 3):
         # DeepSpeedCPUAdam takes its square roots in an approximate vector form.
         cases[f"zero{stage}-offload"] = case(
@@ -112,5 +117,11 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     cases["zero3-init-tied"] = case(3, TOKENS, zero_init=True, model={**TIED, **ODD_VOCAB})
     cases["zero3-persistent"] = case(3, zero={"stage3_param_persistence_threshold": 100000})
     cases["zero3-subgroups"] = case(3, {"carry_over": "reset"}, zero={"sub_group_size": 700})
+    cases["zero3-folded-offload-param"] = case(
+        3, {**FOLDED, "torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU}
+    )
+    cases["zero3-folded-init-checkpointing"] = case(3, FOLDED, zero_init=True, checkpointing="reentrant")
+    cases["zero3-folded-persistent"] = case(3, FOLDED, zero={"stage3_param_persistence_threshold": 100000})
+    cases["zero3-folded-hpz"] = case(3, FOLDED, zero={"zero_hpz_partition_size": 2})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
     return copy.deepcopy(cases)

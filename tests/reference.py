@@ -36,6 +36,9 @@ class Settings:
     proximal: float = 0.0
     seed: int = 0
     clip: float = 0.0
+    form: str = (
+        "two_path"  # "folded": W <- decay * W + B P^T and B <- 0 after every step, so that decay meets B P^T too
+    )
     transposed: bool = False  # weights stored [in, out], as GPT-2's Conv1D
 
 
@@ -120,6 +123,11 @@ def train(
             (B if kind == "B" else dense)[name] = new
         result.gradient_norms.append(squares**0.5)
         decay *= 1 - scale * s.lr * s.weight_decay
+        if s.form == "folded" and (step + 1) % s.interval:
+            for layer in B:
+                W[layer] = decay * W[layer] + B[layer] @ P[layer].t()
+                B[layer] = torch.zeros_like(B[layer])
+            decay = 1.0
         if (step + 1) % s.interval == 0:
             P_next = projections(draw + 1)
             merged = sum(((B[n] @ P[n].t()) ** 2).sum().item() for n in B)

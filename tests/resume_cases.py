@@ -46,6 +46,9 @@ def two_rank_cases() -> dict[str, dict]:
     for engine in ("zero0", "zero2", "zero3"):
         masters = {"master_weights": "cpu"}
         cases[f"{engine}-bf16-masters"] = case(engine, masters, precision="bf16", intermediate=85, **BF16)
+        cases[f"{engine}-bf16-folded"] = case(
+            engine, {"form": "folded", "merge_rounding": "stochastic"}, precision="bf16", **BF16
+        )
     cases["ddp-local"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.3})
     cases["fsdp2-bf16"] = case("fsdp2", precision="bf16")
     return cases

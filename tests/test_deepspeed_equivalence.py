@@ -67,7 +67,7 @@ def test_equals_reference(results, name):
 def test_observed_norms_equal_the_reference(results, name):
     spec, got = CASES[name], results[name]
     expected = reference(spec, got["lrs"])
-    check_observed(got["observed"], expected, 3, spec["rso"].get("sampler") == "gaussian", 1e-3)
+    check_observed(got["observed"], expected, spec["rso"], 1e-3)
 
 
 def test_cases_are_what_they_claim(results):

@@ -54,6 +54,10 @@ CASES = {
     "sgd": {"solver": "sgd", "carry_over": "reset", "lr": 1e-2, "weight_decay": 0.1},
     "sgd_project": {"solver": "sgd", "carry_over": "project", "lr": 1e-2},
     "interval_1": {"interval": 1},
+    "folded": {"form": "folded"},
+    "folded_coordinate": {"form": "folded", "sampler": "coordinate", "carry_over": "project"},
+    "folded_decay": {"form": "folded", "weight_decay": 0.1},
+    "folded_sgd": {"form": "folded", "solver": "sgd", "carry_over": "project", "lr": 1e-2},
 }
 
 
@@ -80,10 +84,11 @@ def test_equals_reference(case):
         torch.testing.assert_close(final[name], weight, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_resume_in_the_middle_of_a_subspace():
+@pytest.mark.parametrize("form", ["two_path", "folded"])
+def test_resume_in_the_middle_of_a_subspace(form):
     def run(resume_at: int | None):
         model = build()
-        config = rso_ds.RSOConfig(rank=RANK, targets=["q_proj", "k_proj", "out"], interval=INTERVAL)
+        config = rso_ds.RSOConfig(rank=RANK, targets=["q_proj", "k_proj", "out"], interval=INTERVAL, form=form)
         rso_ds.convert(model, config)
         optimizer = rso_ds.RSO(model, config)
         for i in range(STEPS):

@@ -58,7 +58,7 @@ def test_training_equals_the_reference(results, name):
         assert got["weights"].keys() >= expected.weights.keys()
         for key, weight in expected.weights.items():
             assert (got["weights"][key] - weight).abs().max() < tolerance, key
-        check_observed(got["observed"], expected, RSO_DEFAULTS["interval"], gaussian=False, tolerance=1e-4)
+        check_observed(got["observed"], expected, RSO_DEFAULTS, tolerance=1e-4)
     assert all(entry["comm_bytes_per_step"] > 0 < entry["peak_memory_bytes"] for entry in got["observed"])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 STEPS, RANK, MICRO = 13, 5, 2
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3}
 
+FOLDED = {"form": "folded"}
 TOKENS = {"targets": ["default", "embeddings", "head"]}
 
 
@@ -72,6 +73,11 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
         cases[f"{engine}-tied"] = case(engine, {**TOKENS, "carry_over": "project"}, model={"vocab": 63, "tie": True})
         cases[f"{engine}-poisoned"] = case(engine, poisoned=(4, 5), steps=15)
         cases[f"{engine}-evaluate"] = case(engine, evaluate=True)
+        cases[f"{engine}-folded"] = case(engine, FOLDED, gas=2, clip=0.3)
+        cases[f"{engine}-folded-uneven"] = case(engine, {**FOLDED, "carry_over": "project"}, intermediate=85)
+        cases[f"{engine}-folded-coordinate"] = case(engine, {**FOLDED, "sampler": "coordinate", "weight_decay": 0.1})
+        cases[f"{engine}-folded-tied"] = case(engine, {**FOLDED, **TOKENS}, model={"vocab": 63, "tie": True})
+        cases[f"{engine}-folded-checkpointing"] = case(engine, FOLDED, checkpointing="non_reentrant", evaluate=True)
     cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
     cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
     cases["ddp-compressed-bf16"] = case("ddp", hook="bf16", tolerance=2e-3)
@@ -94,6 +100,7 @@ def four_rank_cases() -> dict[str, dict[str, Any]]:
     cases["hsdp-evaluate-kept"] = case("hsdp", evaluate=True, reshard=False)
     cases["hsdp-poisoned"] = case("hsdp", poisoned=(4, 5), steps=15)
     cases["hsdp-tied"] = case("hsdp", TOKENS, model={"vocab": 63, "tie": True})
+    cases["hsdp-folded"] = case("hsdp", {**FOLDED, "sampler": "coordinate"}, intermediate=85)
     cases["hsdp-local"] = case("hsdp", {"communicate": "boundary"}, steps=12)
     cases["ddp"] = case("ddp")
     return cases

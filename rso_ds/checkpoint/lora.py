@@ -56,6 +56,11 @@ def export_lora(
 def _refuse(model: StoredModel) -> None:
     if not model.layers:
         raise RSOConfigError(f"--lora: {model.path} is of a run without RSO, which has no subspace: leave --lora out.")
+    if model.state["rso"].get("form") == "folded":
+        raise RSOConfigError(
+            f"--lora: {model.path} is of a run with 'form': 'folded', whose current subspace is part of W already:"
+            " export without --lora."
+        )
     for name, (first, _) in model.tied.items():
         if model.layer_of(name) is not None:
             raise RSOConfigError(

@@ -40,14 +40,15 @@ class Parameter:
 class Exchange:
     """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
     compared at a boundary every ``interval`` steps, with those of dense parameters and of the solver's
-    ``moments`` of each; ``interval`` 0: there is none. ``whole_rows``: the carry-over rule looks at whole rows
-    of B, so that those cut between ranks are exchanged. ``masters``: shapes of the W of which ranks keep fp32
-    copies of some rows each, if W is of low precision."""
+    ``moments`` of each; ``interval`` 0: there is none. ``merge_every``: steps from one merge to the next.
+    ``whole_rows``: the carry-over rule looks at whole rows of B, so that those cut between ranks are exchanged.
+    ``masters``: shapes of the W of which ranks keep fp32 copies of some rows each, if W is of low precision."""
 
     parameters: tuple[Parameter, ...]
     projections: int = 0
     weights: int = 0
     interval: int = 0
+    merge_every: int = 0
     local_steps: bool = False
     whole_rows: bool = False
     moments: int = 2
@@ -73,7 +74,9 @@ class Exchange:
         moments = 2 if config.solver != "sgd" else 1 if config.momentum else 0
         kept = layers if config.master_weights != "none" else []
         masters = tuple((layer.out_features, layer.in_features) for layer in kept)
-        return cls(tuple(found), len(spaces), len(layers), config.interval, local_steps, whole_rows, moments, masters)
+        every = 1 if config.form == "folded" else config.interval
+        counts = (len(spaces), len(layers), config.interval, every)
+        return cls(tuple(found), *counts, local_steps, whole_rows, moments, masters)
 
     @property
     def trained(self) -> list[Parameter]:
@@ -221,7 +224,9 @@ def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
     if layout.checkpointing:
         again = [p for p in large if p.unit is not None and not p.last and (twice or p.group is None)]
     if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
-        result.append(Transfer("boundary", "all_gather", "world", once / exchange.interval, 1 / exchange.interval))
+        result.append(
+            Transfer("boundary", "all_gather", "world", once / exchange.merge_every, 1 / exchange.merge_every)
+        )
     if layout.hpz > 1:
         gathers = {id(p): times * (2 if twice else 1) for p in large}
         gathers.update((id(p), gathers[id(p)] + times) for p in again)
@@ -243,7 +248,7 @@ def _with_secondary_copies(
     e, n = layout.engine.itemsize, layout.engine.gpus
     world, inner = once, 0.0
     for p in large:
-        fresh = 1.0 if p.group is not None else 1 / exchange.interval if exchange.interval else 0.0
+        fresh = 1.0 if p.group is not None else 1 / exchange.merge_every if exchange.interval else 0.0
         world += e * -(-p.numel // n) * fresh
         inner += e * -(-p.numel // layout.hpz) * (gathers[id(p)] - fresh)
     return [
@@ -272,10 +277,10 @@ def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
         rows += len(split)
         widest = max(widest, p.shape[1] if split else 0)
     table = 2 * 4 * rows * widest if exchange.whole_rows else 0
-    per = exchange.interval
+    per, merges = exchange.interval, exchange.merge_every
     return [
         Transfer("boundary", "all_reduce", "world", table / per, 1 / per),
-        Transfer("boundary", "all_gather", "world", layout.engine.itemsize * gathered / per, len(ours) / per),
+        Transfer("boundary", "all_gather", "world", layout.engine.itemsize * gathered / merges, len(ours) / merges),
     ]
 
 

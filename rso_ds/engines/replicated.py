@@ -79,6 +79,7 @@ class ReplicatedShards:
         self.outer: OuterMomentum | None = None
         self.dense: list[nn.Parameter] = []
         self.weight_masters = WeightMasters(master_weights) if low_precision and master_weights != "none" else None
+        self.merge_sends_weights = self.weight_masters is not None and self.world_size > 1
 
     def step_apart(self, dense: Sequence[nn.Parameter], momentum: float) -> None:
         """Prepare for local steps; ``dense``: the parameters that train densely."""
@@ -107,10 +108,11 @@ class ReplicatedShards:
             average_([*(layer.B for layer in self.layers.values()), *self.dense], self.group)
 
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
-        weight = layer.weight
+        weight = layer.weight.detach()
         if self.weight_masters is None:
             merged = self.merged_rows(name, weight, layer.B, P, decay)
-            weight.copy_(rounding(merged, weight.dtype, name))
+            if merged is not weight:
+                weight.copy_(rounding(merged, weight.dtype, name))
             return
         share = -(-layer.out_features // self.world_size)
         mine = slice(self.rank * share, (self.rank + 1) * share)
@@ -124,10 +126,11 @@ class ReplicatedShards:
         weight.copy_(torch.cat(everyone)[: layer.out_features])
 
     def merged_rows(self, name: str, weight_rows: Tensor, B_rows: Tensor, P: Tensor, decay: float) -> Tensor:
-        """The new rows of W in fp32: from fp32 masters, with outer momentum, or plainly."""
+        """The new rows of W in fp32: from fp32 masters, with outer momentum, or plainly, then ``weight_rows``
+        itself if it is in fp32."""
         keeper = self.weight_masters or self.outer
         if keeper is None:
-            return merged_weight(weight_rows, B_rows, P, decay)
+            return merged_weight(weight_rows, B_rows, P, decay, in_place=True)
         return keeper.merge(name, weight_rows, B_rows, P, decay)
 
     def zero(self, layer: SubspaceLayer) -> None:

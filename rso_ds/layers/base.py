@@ -21,6 +21,7 @@ class SubspaceLayer(nn.Module):
     attributes alone. Tied layers have one weight, one B and one subspace between them.
     """
 
+    form = "two_path"  # or "folded": between two steps W holds B P^T and B is 0
     kind: str  # of the ordinary module: "linear", "conv1d" (weight stored [in, out] there) or "embedding"
     weight: nn.Parameter
     B: nn.Parameter

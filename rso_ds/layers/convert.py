@@ -74,13 +74,13 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         shared = _shared_input(model, members, config)
         for name in members:
             old = model.get_submodule(name)
-            layers[name] = layer = _replacement(old, shapes[name], subspace, shared)
+            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, config.form)
             originals.append(old.weight)  # type: ignore[arg-type]
             replaced[id(old.weight)] = layer.B
             _put(model, old, layer)
     for name, first in ties.items():
         old, tied = model.get_submodule(name), layers[first]
-        _put(model, old, _replacement(old, shapes[first], tied.subspace, SharedInput(1), tied.B))
+        _put(model, old, _replacement(old, shapes[first], tied.subspace, SharedInput(1), config.form, tied.B))
     return Conversion({name: layers[name] for name in names}, replaced, originals)
 
 
@@ -103,8 +103,13 @@ def target_subspaces(model: nn.Module, config: RSOConfig) -> dict[str, Subspace]
 def check_conversion(layers: Mapping[str, SubspaceLayer], config: RSOConfig) -> None:
     """Raise ``RSOConversionError`` if ``layers`` were converted with another configuration than ``config``."""
     for name, layer in layers.items():
-        for key in ("sampler", "seed", "rank"):
-            wanted, found = getattr(config, key), getattr(layer.subspace, key)
+        for key, owner in (
+            ("sampler", layer.subspace),
+            ("seed", layer.subspace),
+            ("rank", layer.subspace),
+            ("form", layer),
+        ):
+            wanted, found = getattr(config, key), getattr(owner, key)
             if wanted is not None and wanted != found:
                 raise RSOConversionError(
                     f"layer '{name}' was converted with '{key}': {found!r}, the configuration says {wanted!r}:"
@@ -196,7 +201,12 @@ def _shared_input(model: nn.Module, members: list[str], config: RSOConfig) -> Sh
 
 
 def _replacement(
-    old: nn.Module, shape: tuple[int, int], subspace: Subspace, shared: SharedInput, B: nn.Parameter | None = None
+    old: nn.Module,
+    shape: tuple[int, int],
+    subspace: Subspace,
+    shared: SharedInput,
+    form: str,
+    B: nn.Parameter | None = None,
 ) -> SubspaceLayer:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     out_features, in_features = shape
@@ -209,6 +219,7 @@ def _replacement(
             with torch.no_grad(), gathered([weight]):
                 weight = nn.Parameter(weight.detach().t().contiguous())
         layer = RSOLinear(weight, old.bias, in_features, out_features, subspace, shared, conv1d, B)  # type: ignore[arg-type]
+    layer.form = form
     layer.train(old.training)
     pass_on(old, layer)
     return layer

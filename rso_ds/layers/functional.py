@@ -1,5 +1,7 @@
 """What a layer computes: y = x W^T + z B^T + b with z = x P, keeping z instead of x for backward.
 
+In the folded form W holds B P^T already and y = x W^T + b; z is for the gradient of B alone.
+
 Paper (arXiv 2502.07222, section 4): Z = Y (W + P B) with Y [tokens, in], W [in, out], B [r, out].
 Here everything is in PyTorch's layout: ``weight`` is the transpose [out, in], ``B`` is [out, r]. z is a
 an output beside y, so that layers with one input compute and keep it once.
@@ -17,17 +19,24 @@ from rso_ds.dtypes import compute_dtype
 from rso_ds.subspace import add_lifted_, lift, project
 
 
-def _forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, B: Tensor, P: Tensor | None, bias: Any) -> Any:
+def _rows(x: Tensor) -> Tensor:
+    """[tokens, in], in the dtype of the computation."""
+    return x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+
+
+def _times_weight(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Plain matmul instead of F.linear: DeepSpeed ZeRO-3 replaces F.linear process-wide by a version
     # that keeps its input even when the weight is frozen.
-    dtype = compute_dtype(x)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    w_t = weight.to(rows.dtype).t()
+    return rows @ w_t if bias is None else torch.addmm(bias.to(rows.dtype), rows, w_t)
+
+
+def _forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, B: Tensor, P: Tensor | None, bias: Any) -> Any:
+    rows = _rows(x)
     if z is None:
         assert P is not None
         z = project(rows, P)
-    w_t = weight.to(dtype).t()
-    y = rows @ w_t if bias is None else torch.addmm(bias.to(dtype), rows, w_t)
-    y.addmm_(z, B.to(dtype).t())
+    y = _times_weight(rows, weight, bias).addmm_(z, B.to(rows.dtype).t())
     # The parameters themselves are saved, not low-precision copies: ZeRO-3 frees their storage after
     # forward and gathers it again for backward, and autocast would otherwise keep a second W alive.
     ctx.save_for_backward(z, weight, B, P)
@@ -90,6 +99,48 @@ class _SharingLinear(torch.autograd.Function):
             (dy.t() @ z).to(B.dtype) if want_b else None,
             dy.sum(0) if want_bias else None,
         )
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """(x, z, W, B, b) -> y, where W holds B P^T; z = x P is a constant to autograd, of B only the gradient counts."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, z: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        y = _times_weight(_rows(x), weight, bias)
+        ctx.save_for_backward(z, weight)
+        ctx.x_dtype, ctx.x_shape, ctx.b_dtype = x.dtype, x.shape, B.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        z, weight = ctx.saved_tensors
+        dy = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype)
+        want_x, _, _, want_b, want_bias = ctx.needs_input_grad
+        return (
+            (dy @ weight.to(z.dtype)).to(ctx.x_dtype).view(ctx.x_shape) if want_x else None,
+            None,
+            None,
+            (dy.t() @ z).to(ctx.b_dtype) if want_b else None,
+            dy.sum(0) if want_bias else None,
+        )
+
+
+@torch.no_grad()
+def projected_input(x: Tensor, P: Tensor) -> Tensor:
+    """z = x P [tokens, r] for ``folded_linear``, in the dtype of the computation. Shapes: x [..., in], P [in, r] or
+    coordinates [r]."""
+    return project(_rows(x), P)
+
+
+def folded_linear(x: Tensor, z: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` [..., out], where W [out, in] holds B P^T; backward gives B [out, r] the gradient dy^T z.
+
+    Shapes and dtypes as in ``subspace_linear_and_z``. Kept for backward: z, and a reference to weight.
+    """
+    return _FoldedLinear.apply(x, z, weight, B, bias)
 
 
 def subspace_linear_and_z(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rso_ds.layers.base import SubspaceLayer
-from rso_ds.layers.functional import sharing_linear, subspace_linear_and_z
+from rso_ds.layers.functional import folded_linear, projected_input, sharing_linear, subspace_linear_and_z
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.subspace import Subspace
 
@@ -36,6 +36,11 @@ class RSOLinear(SubspaceLayer):
         """x [..., in] -> [..., out]."""
         p = self.projection()
         z = self.shared_input.take(x, p)
+        if self.form == "folded":
+            if z is None:
+                z = projected_input(x, p)
+                self.shared_input.put(x, p, z)
+            return folded_linear(x, z, self.weight, self.B, self.bias)
         if z is not None:
             return sharing_linear(x, z, self.weight, self.B, self.bias)
         y, z = subspace_linear_and_z(x, self.weight, self.B, p, self.bias)

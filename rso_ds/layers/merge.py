@@ -8,14 +8,14 @@ from torch import Tensor
 from rso_ds.subspace import add_lifted_
 
 
-def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0) -> Tensor:
+def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0, in_place: bool = False) -> Tensor:
     """``decay * weight + B P^T`` in fp32 (fp64 if the weight is).
 
     Shapes: weight [rows, in], B [rows, r], P [in, r] or coordinates [r], all on one device; any subset of
-    rows will do.
+    rows will do. ``in_place``: the result may be ``weight`` itself, if it is of that dtype.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return add_lifted_(weight.to(dtype, copy=True), B.to(dtype), P, beta=decay)
+    return add_lifted_(weight.to(dtype, copy=not in_place), B.to(dtype), P, beta=decay)
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,6 +26,7 @@ class Stage3Shards(ReplicatedShards):
         self, layers: Mapping[str, SubspaceLayer], zero: Any, device: torch.device, group: Any, master_weights: str
     ) -> None:
         super().__init__(layers, zero.optimizer, device, group=group, master_weights=master_weights)
+        self.merge_sends_weights = False
         self.zero_optimizer = zero
         self._masters: dict[int, tuple[Tensor, int]] = {}
         for index, params in enumerate(zero.fp16_groups):
