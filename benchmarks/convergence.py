@@ -244,6 +244,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("studies", nargs="+", choices=STUDIES)
+    run.add_argument("--variants", nargs="+", help="names of the study's variants; all if left out")
     run.add_argument("--data", required=True)
     run.add_argument("--shape", default="llama-9m")
     run.add_argument("--vocab", type=int, default=4096)
@@ -261,7 +262,7 @@ def main() -> None:
         for ratio in args.tokens_per_parameter:
             base = {"shape": args.shape, "vocab": args.vocab, "data": args.data, "tokens": round(ratio * parameters)}
             for name in args.studies:
-                study.sweep(STUDIES[name], base)
+                study.sweep({v: STUDIES[name][v] for v in args.variants or STUDIES[name]}, base)
     print(table(read(args.results).values()))
 
 
