@@ -3,6 +3,7 @@
     python benchmarks/convergence.py run methods --data ../shared/data/eltec-eng --tokens-per-parameter 0.25 2 \
         --results convergence.jsonl --jobs 2
     python benchmarks/convergence.py table convergence.jsonl
+    python benchmarks/convergence.py picture convergence.jsonl convergence.svg
 
 Every variant of a study is run at each learning rate of a grid with the first seed; while the best rate is the first or
 last one the grid grows by a factor of 2 on that side; the best goes on with the other seeds. A seed decides the initial
@@ -21,11 +22,11 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from convergence_methods import build
+from convergence_report import picture, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -217,28 +218,6 @@ class Study:
         return math.inf if result is None or result["held_out_loss"] is None else result["held_out_loss"]
 
 
-def table(results: Iterable[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds at the best rate (of seed 0), and the loss at every rate."""
-    names = {json.dumps(o, sort_keys=True): f"{study}: {n}" for study, vs in STUDIES.items() for n, o in vs.items()}
-    found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for r in results:
-        place = (r["shape"], r["data"], r["tokens"])
-        found.setdefault(place, {}).setdefault(json.dumps(r["options"], sort_keys=True), []).append(r)
-    lines = []
-    for (shape, data, tokens), variants in found.items():
-        lines += [f"\n{shape}, {Path(data).name}, {tokens:,} tokens\n"]
-        lines += ["| | held-out loss | lr | trained | loss by rate, seed 0 |", "|---|---|---|---|---|"]
-        for options, runs in variants.items():
-            first = {r["lr"]: r["held_out_loss"] for r in runs if r["seed"] == SEEDS[0]}
-            best = min(first, key=lambda lr: math.inf if first[lr] is None else first[lr])
-            losses = [r["held_out_loss"] for r in runs if r["lr"] == best and r["held_out_loss"] is not None]
-            spread = f" ± {stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else ""
-            shown = f"{mean(losses):.4f}{spread}" if losses else "diverged"
-            rates = ", ".join(f"{lr:g}: {'-' if x is None else f'{x:.4f}'}" for lr, x in sorted(first.items()))
-            lines.append(f"| {names.get(options, options)} | {shown} | {best:g} | {runs[0]['trained']:,} | {rates} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -254,6 +233,9 @@ def main() -> None:
     run.add_argument("--jobs", type=int, default=1)
     shown = commands.add_parser("table")
     shown.add_argument("results", type=Path)
+    drawn = commands.add_parser("picture", help="loss by rate, and loss by trained parameters, of the largest budget")
+    drawn.add_argument("results", type=Path)
+    drawn.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.command == "run":
         parameters = AutoModelForCausalLM.from_config(llama_config(args.shape, args.vocab, SEQ_LEN)).num_parameters()
@@ -263,7 +245,12 @@ def main() -> None:
             base = {"shape": args.shape, "vocab": args.vocab, "data": args.data, "tokens": round(ratio * parameters)}
             for name in args.studies:
                 study.sweep({v: STUDIES[name][v] for v in args.variants or STUDIES[name]}, base)
-    print(table(read(args.results).values()))
+    names = {json.dumps(o, sort_keys=True): f"{study}: {n}" for study, vs in STUDIES.items() for n, o in vs.items()}
+    results = list(read(args.results).values())
+    if args.command == "picture":
+        picture(results, names, args.out)
+    else:
+        print(table(results, names))
 
 
 if __name__ == "__main__":
