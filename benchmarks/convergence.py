@@ -180,6 +180,7 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.results: Path = args.results
         self.cache: Path = args.cache
+        self.seeds: int = args.seeds
         self.pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
         self.done = read(self.results)
 
@@ -208,7 +209,7 @@ class Study:
                 if best == len(losses) - 1:
                     grid.append(grid[-1] * 2)
         found = {n: min(grid, key=lambda lr: self._loss(base, variants[n], lr)) for n, grid in grids.items()}
-        self.run(self._spec(base, variants[n], lr, seed) for n, lr in found.items() for seed in SEEDS)
+        self.run(self._spec(base, variants[n], lr, seed) for n, lr in found.items() for seed in SEEDS[: self.seeds])
 
     def _spec(self, base: dict[str, Any], options: dict[str, Any], lr: float, seed: int) -> dict[str, Any]:
         return {**base, "options": options, "lr": lr, "seed": seed}
@@ -224,6 +225,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("studies", nargs="+", choices=STUDIES)
     run.add_argument("--variants", nargs="+", help="names of the study's variants; all if left out")
+    run.add_argument("--seeds", type=int, default=len(SEEDS), help="1 is enough to choose what is worth the others")
     run.add_argument("--data", required=True)
     run.add_argument("--shape", default="llama-9m")
     run.add_argument("--vocab", type=int, default=4096)
