@@ -43,11 +43,11 @@ def grids(task: str, rank: int) -> dict[str, tuple[list[str], tuple[float, ...]]
             "RSO, embeddings too": ([*rso, 'targets=["default","embeddings"]'], (6e-4, 1.2e-3, 2.4e-3)),
         }
     return {
-        "AdamW": (dense, (1e-3, 2e-3, 4e-3)),
+        "AdamW": (dense, (2e-3, 4e-3, 8e-3)),
         "LoRA": (lora, (2e-3, 4e-3, 8e-3)),
-        "GaLore": ([*galore, "--optim_target_modules", ".*(attn|mlp).*"], (1e-3, 2e-3, 4e-3)),
+        "GaLore": ([*galore, "--optim_target_modules", ".*(attn|mlp).*"], (2e-3, 4e-3, 8e-3)),
         "RSO": (rso, (2e-3, 4e-3, 8e-3)),
-        "RSO, embeddings too": ([*rso, 'targets=["default","embeddings","head"]'], (2e-3, 4e-3, 8e-3)),
+        "RSO, embeddings too": ([*rso, 'targets=["default","embeddings","head"]'], (4e-3, 8e-3, 1.6e-2)),
     }
 
 
