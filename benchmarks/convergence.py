@@ -181,6 +181,7 @@ class Study:
         self.results: Path = args.results
         self.cache: Path = args.cache
         self.seeds: int = args.seeds
+        self.rates: list[float] = sorted(args.rates)
         self.pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
         self.done = read(self.results)
 
@@ -198,7 +199,7 @@ class Study:
 
     def sweep(self, variants: dict[str, dict[str, Any]], base: dict[str, Any]) -> None:
         """The rates with the first seed, then the best of each with the others."""
-        grids = {name: list(GRID) for name in variants}
+        grids = {name: list(self.rates) for name in variants}
         for _ in range(EXTENSIONS + 1):
             self.run(self._spec(base, variants[n], lr, SEEDS[0]) for n, grid in grids.items() for lr in grid)
             for name, grid in grids.items():
@@ -226,6 +227,7 @@ def main() -> None:
     run.add_argument("studies", nargs="+", choices=STUDIES)
     run.add_argument("--variants", nargs="+", help="names of the study's variants; all if left out")
     run.add_argument("--seeds", type=int, default=len(SEEDS), help="1 is enough to choose what is worth the others")
+    run.add_argument("--rates", type=float, nargs="+", default=list(GRID), help="where the grids begin")
     run.add_argument("--data", required=True)
     run.add_argument("--shape", default="llama-9m")
     run.add_argument("--vocab", type=int, default=4096)
