@@ -329,8 +329,9 @@ class Boundary:
             },
         }
 
-    def check_state(self, state: dict[str, Any], source: str) -> None:
-        """Raise ``RSOCheckpointError`` if ``state`` is not of this model and configuration."""
+    def check_state(self, state: dict[str, Any], source: str, either_form: bool = False) -> None:
+        """Raise ``RSOCheckpointError`` if ``state`` is not of this model and configuration; ``either_form``: the
+        caller will ``adopt`` a state of the other form."""
         mine = self.state_dict()
         state = {"form": "two_path", **state}  # checkpoints from before there was a choice do not name it
         missing = sorted(set(mine) - set(state))
@@ -349,7 +350,7 @@ class Boundary:
             ("interval", "the boundaries would not be the same"),
             ("form", "its B is part of W in one form and not in the other"),
         ):
-            if state[key] != mine[key]:
+            if state[key] != mine[key] and not (either_form and key == "form"):
                 raise RSOCheckpointError(
                     f"{source} was trained with '{key}': {state[key]!r}, this run has {mine[key]!r}:"
                     f" {consequence}. Restore the key."
@@ -364,6 +365,12 @@ class Boundary:
         for subspace in self.subspaces:
             subspace.move_to(self.draw)
         self.materialize()
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """After W and B have been loaded too: fold what a state of the two-path form has in B. (The other way
+        nothing is to be done: B is 0.)"""
+        if self.config.form == "folded" and state.get("form") != "folded":
+            self.fold()
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}

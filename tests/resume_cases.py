@@ -49,6 +49,8 @@ def two_rank_cases() -> dict[str, dict]:
         cases[f"{engine}-bf16-folded"] = case(
             engine, {"form": "folded", "merge_rounding": "stochastic"}, precision="bf16", **BF16
         )
+    for engine in ("zero2", "zero3", "ddp", "fsdp2"):
+        cases[f"{engine}-folded"] = case(engine, {"form": "folded"})
     cases["ddp-local"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.3})
     cases["fsdp2-bf16"] = case("fsdp2", precision="bf16")
     return cases
@@ -67,6 +69,8 @@ CROSSINGS = [
     ("zero2-offload", "zero3"), ("zero3-offload", "zero1"), ("zero1-uneven", "zero3-uneven"),
     ("zero3-bf16-masters", "zero2-bf16-masters"), ("zero1-sgd", "fsdp2-sgd"),
     ("zero3-tokens-project", "ddp-tokens-project"), ("zero1-fp16", "zero3-fp16"),
+    ("zero1", "zero3-folded"), ("zero3", "ddp-folded"), ("ddp", "fsdp2-folded"), ("zero2-folded", "fsdp2"),
+    ("fsdp2-folded", "zero1"), ("zero3-folded", "zero2-folded"), ("zero2-bf16", "zero3-bf16-folded"),
 ]  # fmt: skip
 
 # One run over four sets of processes, each a different number of ranks, saved inside subspaces.

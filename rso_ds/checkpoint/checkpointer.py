@@ -141,6 +141,7 @@ class Checkpointer:
             targets = agreed(lambda: self._state.targets(StoredTensors(path)))
             agreed(lambda: load_pieces(targets, path))
             self._state.loaded(state)
+        self._state.adopt(state)
         for name, part in self._extras.items():
             part.load_state_dict(extra["extras"][name])
         for name, part in self._own.items():

@@ -137,7 +137,7 @@ class TrainingState:
             how = "without" if state["rso"] is None else "with"
             raise RSOCheckpointError(f"{source} was saved {how} RSO: resume with the same optimizer.")
         if self.boundary is not None:
-            self.boundary.check_state(state["rso"], source)
+            self.boundary.check_state(state["rso"], source, either_form=True)
         theirs, ours = state["parameters"], mine["parameters"]
         if theirs != ours:
             name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
@@ -246,6 +246,11 @@ class TrainingState:
         if self.boundary is not None:
             self.boundary.load_state_dict(state["rso"])
             self.boundary.check_replicas()
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """After ``loaded``, no longer ``at_rest``."""
+        if self.boundary is not None:
+            self.boundary.adopt(state["rso"])
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.module.named_parameters() if self._trains(p)]
