@@ -68,7 +68,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for rule in RULES
         for interval in (10, 50)
     },
-    "interval": {f"interval {n}": _rso(interval=n) for n in (1, 5, 10, 50, 200)},
+    "interval": {f"interval {n}": _rso(interval=n) for n in (1, 2, 5, 10, 50, 200)},
     "rank": {f"h/{n}": _rso(rank_ratio=1 / n) for n in (2, 4, 8, 16)},
     "sampler": {
         f"{sampler}, h/{n}": _rso(sampler=sampler, rank_ratio=1 / n)
@@ -93,6 +93,9 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             f"AdamW, beta1 {b1:g}, beta2 {b2:g}": {"method": "adamw", "betas": [b1, b2]}
             for b1, b2 in ((0.9, 0.95), (0.9, 0.99), (0.5, 0.999))
         },
+        # Short intervals shorten the steps of B and not those of embeddings, head and norms ("outside" the blocks' matrices).
+        **{f"AdamW, outside x {n}": {"method": "adamw", "outside": n} for n in (2, 4)},
+        **{f"RSO, outside x {n:g}": _rso(outside=n) for n in (0.5, 2)},
         "RSO, full rank, coordinate": _rso(rank_ratio=1.0, sampler="coordinate"),
         "RSO, full rank, haar": _rso(rank_ratio=1.0),
     },

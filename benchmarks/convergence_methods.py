@@ -39,7 +39,11 @@ def build(spec: dict[str, Any], model: PreTrainedModel, steps: int) -> Method:
     options = dict(spec["options"])
     method, lr = options.pop("method"), spec["lr"]
     if method == "adamw":
-        return Method(model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options))
+        outside = options.pop("outside", 1.0)
+        inside = [layer.weight for layer in block_linears(model)]
+        ids = {id(p) for p in inside}
+        rest = {"params": [p for p in model.parameters() if id(p) not in ids], "lr": lr * outside}
+        return Method(model, torch.optim.AdamW([{"params": inside}, rest], lr=lr, weight_decay=0.0, **options))
     if method == "rso":
         return _rso(model, options, lr, spec["seed"], steps)
     rank = max(1, round(options.pop("rank_ratio") * model.config.hidden_size))
@@ -50,9 +54,11 @@ def build(spec: dict[str, Any], model: PreTrainedModel, steps: int) -> Method:
 
 
 def _rso(model: PreTrainedModel, options: dict[str, Any], lr: float, seed: int, steps: int) -> Method:
-    rule = options.pop("trial", None)
+    rule, outside = options.pop("trial", None), options.pop("outside", 1.0)
     # What is saved for backward changes no number; a trial may watch the inputs of every layer.
-    config = rso_ds.RSOConfig(lr=lr, seed=seed, lean="all" if rule is None else "none", **options)
+    config = rso_ds.RSOConfig(
+        lr=lr, dense_lr=lr * outside, seed=seed, lean="all" if rule is None else "none", **options
+    )
     rso_ds.convert(model, config)
     optimizer = rso_ds.RSO(model, config)
     result = Method(model, optimizer)
