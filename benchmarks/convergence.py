@@ -93,7 +93,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             f"AdamW, beta1 {b1:g}, beta2 {b2:g}": {"method": "adamw", "betas": [b1, b2]}
             for b1, b2 in ((0.9, 0.95), (0.9, 0.99), (0.5, 0.999))
         },
-        # Short intervals shorten the steps of B and not those of embeddings, head and norms ("outside" the blocks' matrices).
+        # Short intervals shorten the steps of B, and not those of embeddings, head and norms.
         **{f"AdamW, outside x {n}": {"method": "adamw", "outside": n} for n in (2, 4)},
         **{f"RSO, outside x {n:g}": _rso(outside=n) for n in (0.5, 2)},
         "RSO, full rank, coordinate": _rso(rank_ratio=1.0, sampler="coordinate"),
