@@ -95,7 +95,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         },
         # Short intervals shorten the steps of B, and not those of embeddings, head and norms.
         **{f"AdamW, outside x {n}": {"method": "adamw", "outside": n} for n in (2, 4)},
-        **{f"RSO, outside x {n:g}": _rso(outside=n) for n in (0.5, 2)},
+        **{f"RSO, outside x {n:g}": _rso(outside=n) for n in (2, 4)},
         "RSO, full rank, coordinate": _rso(rank_ratio=1.0, sampler="coordinate"),
         "RSO, full rank, haar": _rso(rank_ratio=1.0),
     },
