@@ -245,14 +245,20 @@ def main() -> None:
     drawn.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.command == "run":
+        known = {variant for name in args.studies for variant in STUDIES[name]}
+        if unknown := sorted(set(args.variants or ()) - known):
+            parser.error(f"--variants {unknown[0]!r}: the studies have {', '.join(sorted(known))}")
         parameters = AutoModelForCausalLM.from_config(llama_config(args.shape, args.vocab, SEQ_LEN)).num_parameters()
         Data(args.data, args.vocab, args.cache, 0)  # once, before several processes want it
         study = Study(args)
         for ratio in args.tokens_per_parameter:
             base = {"shape": args.shape, "vocab": args.vocab, "data": args.data, "tokens": round(ratio * parameters)}
             for name in args.studies:
-                study.sweep({v: STUDIES[name][v] for v in args.variants or STUDIES[name]}, base)
-    names = {json.dumps(o, sort_keys=True): f"{study}: {n}" for study, vs in STUDIES.items() for n, o in vs.items()}
+                study.sweep({v: o for v, o in STUDIES[name].items() if v in (args.variants or known)}, base)
+    names: dict[str, str] = {}  # several studies contain the defaults: the first names them
+    for study_name, found in STUDIES.items():
+        for variant, options in found.items():
+            names.setdefault(json.dumps(options, sort_keys=True), f"{study_name}: {variant}")
     results = list(read(args.results).values())
     if args.command == "picture":
         picture(results, names, args.out)

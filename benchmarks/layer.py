@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,12 @@ class Layer:
             "LoRA": lambda: x @ w.t() + (x @ self.A.t()) @ b.t(),
         }
         for s, p in self.P.items():
-            ways[f"two-path, {s}"] = lambda p=p: subspace_linear(x, w, b, p)  # type: ignore[misc]
-            ways[f"folded, {s}"] = lambda p=p: folded_linear(x, projected_input(x, p), w, b)  # type: ignore[misc]
+            ways[f"two-path, {s}"] = partial(subspace_linear, x, w, b, p)
+            ways[f"folded, {s}"] = partial(self.folded, p)
         return ways
+
+    def folded(self, P: Tensor) -> Tensor:
+        return folded_linear(self.x, projected_input(self.x, P), self.frozen, self.B)
 
     def step(self, way: Callable[[], Tensor]) -> float:
         """Seconds of forward and backward."""

@@ -1,7 +1,7 @@
 """Rules for RSO that were tried in ``benchmarks/convergence.py`` (study "rules"), each as short as it can be.
 
-They work on one process and one engine, and reach into the package for it. What won became an option of the package;
-the rest is here so that the trial can be run again.
+They work on one process and one engine, and reach into the package for it. None is an option of the package: that takes
+a trial that it wins over several seeds (docs/convergence.md).
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ class Trial:
 
 
 def swept(subspace: Subspace, draw: int) -> Tensor:
+    """P of ``draw``: [in, r] in fp32, or coordinates, int64 [r]. The last of a sweep overlaps the one before it where
+    r does not divide in."""
     parts = -(-subspace.in_features // subspace.rank)
     generator = torch.Generator().manual_seed(projection_seed(subspace.seed, subspace.name, draw // parts))
     start = min(draw % parts * subspace.rank, subspace.in_features - subspace.rank)
@@ -138,6 +140,7 @@ def swept(subspace: Subspace, draw: int) -> Tensor:
 
 
 def _principal_and_random(subspace: Subspace, draw: int, covariance: Tensor | None) -> Tensor:
+    """P of ``draw`` [in, r]; ``covariance``: of z under the P before [r, r], None at first: then all of P is random."""
     generator = torch.Generator().manual_seed(projection_seed(subspace.seed, subspace.name, draw))
     size, rank = subspace.in_features, subspace.rank
     main = rank // 2 if covariance is not None and subspace.P is not None else 0

