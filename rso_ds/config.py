@@ -22,7 +22,7 @@ SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
 MERGE_ROUNDINGS = ("nearest", "stochastic")
 MASTER_WEIGHTS = ("none", "device", "cpu")
 COMMUNICATE = ("every_step", "boundary")
-FORMS = ("two_path", "folded")
+FORMS = ("auto", "two_path", "folded")
 SHARED_PROJECTIONS = ("input", "shape")
 LEAN_PIECES = ("shared_input", "norm", "activation", "loss", "liger")
 AUTO = "auto"
@@ -62,9 +62,14 @@ class RSOConfig:
         "row_mean_second", f"What becomes of the solver state of B at a boundary: {CARRY_OVER_RULES}."
     )
     form: str = _key(
-        "two_path",
+        AUTO,
         f"How a layer computes with B: {FORMS}. 'two_path': x W^T + (x P) B^T. 'folded': B P^T is added to W after"
-        " every applied step, so that forward is x W^T; less arithmetic, W is written at every step.",
+        " every applied step, so that forward is x W^T; less arithmetic, W is written at every step. 'auto': folded"
+        " where that loses nothing and pays.",
+    )
+    tokens_per_step: int | None = _key(
+        None,
+        "Tokens that a rank trains on in one optimizer step, for 'form': 'auto' alone; null: enough for it to fold.",
     )
     proximal: float = _key(0.0, "1/eta of the paper's subproblem: the gradient of B gains proximal * B.")
     targets: str | Sequence[str] = _key(
@@ -122,6 +127,8 @@ class RSOConfig:
                 raise RSOConfigError("'rank_ratio' must be above 0, got 0.")
         _integer("interval", self.interval, minimum=1)
         _integer("seed", self.seed, minimum=0)
+        if self.tokens_per_step is not None:
+            _integer("tokens_per_step", self.tokens_per_step, minimum=1)
         _choice("sampler", self.sampler, SAMPLERS)
         _choice("solver", self.solver, SOLVERS)
         _choice("carry_over", self.carry_over, CARRY_OVER_RULES)
@@ -168,7 +175,7 @@ class RSOConfig:
         for key, value in params.items():
             if key not in known:
                 raise RSOConfigError(unknown_key(key, known, "the RSO optimizer"))
-            if isinstance(value, str) and value == AUTO:
+            if isinstance(value, str) and value == AUTO and key != "form":
                 raise RSOConfigError(
                     f"'{key}': \"auto\" was not filled in: the program that reads this JSON (Hugging Face"
                     " Trainer, launch/train.py) does that; give a value otherwise."

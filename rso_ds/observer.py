@@ -32,8 +32,7 @@ class Observer:
         self._watching = False
         self._gradient: list[Tensor] = []
         self._merge_ratio: float | None = None
-        if boundary.config.form == "two_path":  # folded, B is that of the last step
-            boundary.before_merge = self._measure_merge
+        boundary.before_merge = self._measure_merge
         boundary.shards.solver.register_step_pre_hook(self._measure_gradient)  # type: ignore[attr-defined]
 
     def watch_step(self) -> None:
@@ -48,7 +47,7 @@ class Observer:
         subspace_grad_norm     norm of the gradient of all B in the step last watched
         merge_ratio            sqrt(sum ||B P^T||^2 / sum ||W||^2), Frobenius norms over all RSO layers, at the last
                                boundary; ||B P^T||^2 = in/r ||B||^2, exact for "haar" and "coordinate", the
-                               expectation for "gaussian"; not known in the folded form
+                               expectation for "gaussian"; in the folded form B is that of the boundary's step alone
         """
         found: dict[str, int | float] = {"draw": self._boundary.draw, "applied_steps": self._boundary.applied_steps}
         if self._watching:

@@ -16,9 +16,11 @@ ODD_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "
 TOKENS = {"targets": ["default", "embeddings", "head"]}
 ODD_VOCAB = {"vocab": 63}
 TIED = {"tie": True}
-FOLDED = {"form": "folded"}
+FOLDED, AUTO = {"form": "folded"}, {"form": "auto"}
 
-RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "torch_adam": True}
+RSO_DEFAULTS = {
+    "lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "form": "two_path", "torch_adam": True,
+}  # fmt: skip
 CPU = {"device": "cpu"}
 
 
@@ -97,6 +99,7 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         cases[f"{z}-folded-split_rows"] = case(stage, {**odd, **FOLDED, "carry_over": "project"}, intermediate=85)
         cases[f"{z}-folded-coordinate"] = case(stage, {**FOLDED, "sampler": "coordinate", "weight_decay": 0.1})
         cases[f"{z}-folded-tied"] = case(stage, {**FOLDED, **TOKENS}, model={**TIED, **ODD_VOCAB})
+        cases[f"{z}-auto"] = case(stage, AUTO)
     for stage in (1, 2, 3):
         # DeepSpeedCPUAdam takes its square roots in an approximate vector form.
         cases[f"zero{stage}-offload"] = case(
@@ -123,5 +126,7 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     cases["zero3-folded-init-checkpointing"] = case(3, FOLDED, zero_init=True, checkpointing="reentrant")
     cases["zero3-folded-persistent"] = case(3, FOLDED, zero={"stage3_param_persistence_threshold": 100000})
     cases["zero3-folded-hpz"] = case(3, FOLDED, zero={"zero_hpz_partition_size": 2})
+    cases["zero3-auto-uneven"] = case(3, AUTO, intermediate=85)
+    cases["zero3-auto-hpz"] = case(3, AUTO, zero={"zero_hpz_partition_size": 2})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
     return copy.deepcopy(cases)

@@ -24,7 +24,7 @@ def gpt2():
 
 
 def trained(model, steps=STEPS, **options):
-    config = rso_ds.RSOConfig(**{"lr": 1e-2, "rank": 5, "interval": 3, **options})
+    config = rso_ds.RSOConfig(**{"lr": 1e-2, "rank": 5, "interval": 3, "form": "two_path", **options})
     rso_ds.convert(model, config)
     optimizer = rso_ds.RSO(model, config)
     for step in range(steps):

@@ -17,7 +17,7 @@ def check_observed(observed: list[dict[str, Any]], expected: Result, rso: dict[s
         assert record["subspace_grad_norm"] == pytest.approx(norm, rel=tolerance), step
         crossed = (step + 1) // interval
         assert record["draw"] == crossed
-        if crossed and rso.get("form") != "folded":
+        if crossed:
             ratio = expected.merge_ratios[crossed - 1]
             assert record["merge_ratio"] == pytest.approx(ratio, rel=0.1 if gaussian else tolerance), step
         else:

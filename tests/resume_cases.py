@@ -16,7 +16,15 @@ def case(engine: str, rso: dict[str, Any] | None = None, zero: dict[str, Any] | 
     options = {"dropout": 0.0, "background": False, "precision": "fp32", "intermediate": 86}
     return {
         "engine": engine,
-        "rso": {"lr": 1e-3, "eps": 1e-5, "rank": 5, "interval": 3, "torch_adam": True, **(rso or {})},
+        "rso": {
+            "lr": 1e-3,
+            "eps": 1e-5,
+            "rank": 5,
+            "interval": 3,
+            "form": "two_path",
+            "torch_adam": True,
+            **(rso or {}),
+        },
         "zero": zero or {},
         **{key: more.pop(key, value) for key, value in options.items()},
         "json": more,

@@ -28,6 +28,11 @@ def results(tmp_path_factory):
     return torch.load(out / "fp32.pt", weights_only=False)
 
 
+def as_run(spec, got):
+    """``spec`` with the form that was chosen, if the choice was left."""
+    return {**spec, "rso": {**spec["rso"], "form": got["form"]}}
+
+
 def reference(spec, lrs):
     rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "torch_adam", "targets", "lean")}
     targets, tied = spec["rso"].get("targets"), spec["model"].get("tie", False)
@@ -52,7 +57,7 @@ def reference(spec, lrs):
 def test_equals_reference(results, name):
     spec, got = CASES[name], results[name]
     assert "error" not in got, got.get("error")
-    expected = reference(spec, got["lrs"])
+    expected = reference(as_run(spec, got), got["lrs"])
     assert got["applied"] == STEPS
     assert got["draw"] == STEPS // 3 == 4
     assert set(expected.weights) == set(got["weights"])
@@ -66,8 +71,15 @@ def test_equals_reference(results, name):
 @pytest.mark.parametrize("name", [name for name, spec in CASES.items() if spec["tolerance"] <= 2e-5])
 def test_observed_norms_equal_the_reference(results, name):
     spec, got = CASES[name], results[name]
-    expected = reference(spec, got["lrs"])
+    expected = reference(as_run(spec, got), got["lrs"])
     check_observed(got["observed"], expected, spec["rso"], 1e-3)
+
+
+def test_the_form_is_chosen(results):
+    """Folded in fp32, but where each merge would send something: W to secondary copies, B with rows cut unlike W's."""
+    for stage in (0, 1, 2, 3):
+        assert results[f"zero{stage}-auto"]["form"] == "folded"
+    assert results["zero3-auto-uneven"]["form"] == results["zero3-auto-hpz"]["form"] == "two_path"
 
 
 def test_cases_are_what_they_claim(results):

@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rso_ds
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint.lora import export_lora
+from rso_ds.form import Shape, choose_form
+from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.functional import folded_linear, projected_input
 
 TOKENS, IN, OUT, RANK = 6, 10, 8, 3
@@ -122,6 +124,52 @@ def test_bf16_loses_small_steps_unless_rounded_stochastically():
     assert found["folded", "stochastic"] == pytest.approx(1, abs=0.1)
 
 
+SQUARE = [Shape(1024, 1024, 256)]
+
+
+@pytest.mark.parametrize(
+    ("options", "facts", "form", "why"),
+    [
+        ({}, {}, "folded", "pays from 342 tokens"),
+        ({"tokens_per_step": 342}, {}, "folded", "pays from 342 tokens"),
+        ({"tokens_per_step": 341}, {}, "two_path", "341 tokens a rank and step do not pay for the merges, 342 would"),
+        ({"tokens_per_step": 1, "sampler": "coordinate"}, {}, "folded", "pays from 1 tokens"),
+        ({"form": "two_path"}, {}, "two_path", "set in the configuration"),
+        ({"proximal": 0.1}, {}, "two_path", "'proximal' needs the B"),
+        ({"communicate": "boundary"}, {}, "two_path", "'communicate' needs the B"),
+        ({}, {"decays": True}, "two_path", "weight decay"),
+        ({}, {"low_precision": True}, "two_path", "rounded to nearest would lose"),
+        ({"merge_rounding": "stochastic"}, {"low_precision": True}, "folded", "pays"),
+        ({"master_weights": "device"}, {"low_precision": True}, "folded", "pays"),
+        ({"master_weights": "cpu"}, {"low_precision": True}, "two_path", "between CPU and device"),
+        ({}, {"merge_sends": "W"}, "two_path", "would exchange W"),
+    ],
+)
+def test_choice_of_the_form(options, facts, form, why):
+    chosen, reason = choose_form(
+        rso_ds.RSOConfig(**options), SQUARE, **{"low_precision": False, "decays": False, **facts}
+    )
+    assert (chosen, why in reason) == (form, True), reason
+
+
+def test_embeddings_cost_merges_and_save_nothing():
+    vocabulary = Shape(32000, 1024, 256, linear=False)
+    assert choose_form(rso_ds.RSOConfig(), [vocabulary], False, False)[0] == "two_path"
+    form, why = choose_form(rso_ds.RSOConfig(tokens_per_step=10_000), [*SQUARE, vocabulary], False, False)
+    assert (form, "do not pay for the merges, 11,009 would" in why) == ("two_path", True)
+
+
+def test_choice_takes_effect_in_every_layer():
+    """``targets`` with tied embedding and head, of which the boundary knows one module."""
+    model = tiny_llama.build(tie=True)
+    config = rso_ds.RSOConfig(rank=RANK, targets=["default", "embeddings", "head"])
+    rso_ds.convert(model, config)
+    optimizer = rso_ds.RSO(model, config)
+    assert {m.form for m in model.modules() if isinstance(m, SubspaceLayer)} == {"folded"}
+    assert optimizer.boundary.config.form == "folded"
+    assert optimizer.form.startswith("form folded: pays from ")
+
+
 @pytest.mark.parametrize("changed", [{"proximal": 0.1}, {"communicate": "boundary"}])
 def test_what_needs_the_whole_B_is_refused(changed):
     with pytest.raises(rso_ds.RSOConfigError, match=rf"'{next(iter(changed))}': .* set 'form' to 'two_path'"):
@@ -146,7 +194,7 @@ def test_checkpoints_of_the_other_form_are_refused():
 def test_model_converted_in_the_other_form_is_refused():
     model = converted()[0]
     with pytest.raises(rso_ds.RSOConversionError, match="was converted with 'form': 'folded'"):
-        rso_ds.RSO(model, rso_ds.RSOConfig(rank=RANK, targets="all-linear"))
+        rso_ds.RSO(model, rso_ds.RSOConfig(rank=RANK, targets="all-linear", form="two_path"))
 
 
 def test_current_subspace_is_no_adapter(tmp_path):

@@ -212,7 +212,13 @@ def test_one_P_for_all_layers_of_equal_shape(sampler):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN), nn.Linear(HIDDEN, 9))
     config = rso_ds.RSOConfig(
-        rank=RANK, targets="all-linear", share_projection="shape", sampler=sampler, interval=1, carry_over="project"
+        rank=RANK,
+        targets="all-linear",
+        share_projection="shape",
+        sampler=sampler,
+        interval=1,
+        carry_over="project",
+        form="two_path",
     )
     rso_ds.convert(model, config)
     assert model[0].subspace is model[2].subspace is not model[1].subspace

@@ -41,6 +41,11 @@ def settings_of(spec):
     return Settings(groups=groups, rank=spec["rso"]["rank"], clip=spec["clip"], **rso)
 
 
+def as_run(spec, got):
+    """``spec`` with the form that was chosen, if the choice was left."""
+    return {**spec, "rso": {**spec["rso"], "form": got["form"]}}
+
+
 def reference(spec, world):
     model = tiny_llama.build(spec["intermediate"], **spec["model"]).double()
     vocab = spec["model"].get("vocab", tiny_llama.VOCAB)
@@ -61,7 +66,7 @@ def reference(spec, world):
 def test_equals_reference(results, world, name):
     spec, got = CASES[world, name], results[world, name]
     assert "error" not in got, got.get("error")
-    expected = reference(spec, world)
+    expected = reference(as_run(spec, got), world)
     kept = [loss for i, loss in enumerate(got["losses"]) if i not in spec["poisoned"]]
     assert got["applied"] == len(kept)
     assert got["draw"] == len(kept) // 3 == 4
@@ -79,7 +84,12 @@ OBSERVED = [k for k, s in CASES.items() if s["tolerance"] <= 2e-5 and not s["poi
 @pytest.mark.parametrize(("world", "name"), OBSERVED)
 def test_observed_norms_equal_the_reference(results, world, name):
     spec, got = CASES[world, name], results[world, name]
-    check_observed(got["observed"], reference(spec, world), spec["rso"], 1e-3)
+    check_observed(got["observed"], reference(as_run(spec, got), world), spec["rso"], 1e-3)
+
+
+@pytest.mark.parametrize(("world", "name"), [(2, "ddp-auto"), (2, "fsdp2-auto"), (4, "hsdp-auto")])
+def test_fp32_weights_that_need_no_exchange_are_folded(results, world, name):
+    assert results[world, name]["form"] == "folded"
 
 
 @pytest.mark.parametrize(("world", "plain", "local"), [(2, "ddp", "ddp-local"), (4, "hsdp", "hsdp-local")])

@@ -104,7 +104,7 @@ def test_local_steps_of_one_rank_are_ordinary_steps(one_rank, momentum):
     def train(**options):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        config = rso_ds.RSOConfig(rank=2, targets=["0", "2"], interval=3, lr=1e-2, **options)
+        config = rso_ds.RSOConfig(rank=2, targets=["0", "2"], interval=3, lr=1e-2, form="two_path", **options)
         rso_ds.convert(model, config)
         model = DistributedDataParallel(model)
         optimizer = rso_ds.RSO(model, config)

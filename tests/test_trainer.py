@@ -33,7 +33,7 @@ def results(out):
 def reference(spec, accumulation: int = 1):
     settings = Settings(
         groups=tiny_llama.groups(), rank=RANK, eps=RSO_DEFAULTS["eps"], lr=LR, clip=0.5,
-        weight_decay=weight_decay(spec),
+        weight_decay=weight_decay(spec), form="two_path" if "stage" in spec else "folded",
     )  # fmt: skip
     batches = [list(tiny_llama.tokens(i, MICRO * 2 * accumulation).split(MICRO)) for i in range(STEPS)]
     return train(tiny_llama.build().double(), settings, tiny_llama.loss_of, batches, lr_scale())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,8 @@ def candidates(build: Build, base: dict[str, Any], task: Task, ratio: float | No
     shapes = list(_shapes(base, task))
     first = candidate_json(base, *shapes[0], ratio, 1, task.share, task.gpus)
     rso, engine = rso_of(first), Layout.from_json(first, task.gpus).engine
+    if rso.tokens_per_step is None:
+        rso = replace(rso, tokens_per_step=task.share * task.seq_len)
     with FakeTensorMode():
         model = build(torch.bfloat16 if engine.itemsize == 2 else torch.float32, None)
         convert(model, rso)

@@ -15,6 +15,7 @@ from torch import nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConfigError
+from rso_ds.form import Shape, choose_form
 from rso_ds.layers import rso_layers
 from rso_ds.memory.states import Engine
 from rso_ds.memory.trace import block_names
@@ -40,7 +41,7 @@ class Parameter:
 class Exchange:
     """The model under one method. ``projections`` and ``weights``: numbers of P and of W, whose checksums are
     compared at a boundary every ``interval`` steps, with those of dense parameters and of the solver's
-    ``moments`` of each; ``interval`` 0: there is none. ``merge_every``: steps from one merge to the next.
+    ``moments`` of each; ``interval`` 0: there is none. ``config`` and ``shapes``, of W, decide how often B is merged.
     ``whole_rows``: the carry-over rule looks at whole rows of B, so that those cut between ranks are exchanged.
     ``masters``: shapes of the W of which ranks keep fp32 copies of some rows each, if W is of low precision."""
 
@@ -48,7 +49,8 @@ class Exchange:
     projections: int = 0
     weights: int = 0
     interval: int = 0
-    merge_every: int = 0
+    config: RSOConfig | None = None
+    shapes: tuple[Shape, ...] = ()
     local_steps: bool = False
     whole_rows: bool = False
     moments: int = 2
@@ -74,13 +76,13 @@ class Exchange:
         moments = 2 if config.solver != "sgd" else 1 if config.momentum else 0
         kept = layers if config.master_weights != "none" else []
         masters = tuple((layer.out_features, layer.in_features) for layer in kept)
-        every = 1 if config.form == "folded" else config.interval
         return cls(
             tuple(found),
             projections=len(spaces),
             weights=len(layers),
             interval=config.interval,
-            merge_every=every,
+            config=config,
+            shapes=tuple(map(Shape.of, layers)),
             local_steps=local_steps,
             whole_rows=whole_rows,
             moments=moments,
@@ -233,9 +235,8 @@ def _zero(exchange: Exchange, layout: Layout) -> list[Transfer]:
     if layout.checkpointing:
         again = [p for p in large if p.unit is not None and not p.last and (twice or p.group is None)]
     if exchange.interval:  # small parameters stay gathered: they are dropped and gathered anew around a merge
-        result.append(
-            Transfer("boundary", "all_gather", "world", once / exchange.merge_every, 1 / exchange.merge_every)
-        )
+        every = _merge_every(exchange, layout)
+        result.append(Transfer("boundary", "all_gather", "world", once / every, 1 / every))
     if layout.hpz > 1:
         gathers = {id(p): times * (2 if twice else 1) for p in large}
         gathers.update((id(p), gathers[id(p)] + times) for p in again)
@@ -257,13 +258,28 @@ def _with_secondary_copies(
     e, n = layout.engine.itemsize, layout.engine.gpus
     world, inner = once, 0.0
     for p in large:
-        fresh = 1.0 if p.group is not None else 1 / exchange.merge_every if exchange.interval else 0.0
+        fresh = 1.0 if p.group is not None else 1 / _merge_every(exchange, layout) if exchange.interval else 0.0
         world += e * -(-p.numel // n) * fresh
         inner += e * -(-p.numel // layout.hpz) * (gathers[id(p)] - fresh)
     return [
         Transfer("weights", "all_gather", "world", world, len(large)),
         Transfer("weights", "all_gather", "shards", inner, sum(gathers.values())),
     ]
+
+
+def _merge_every(exchange: Exchange, layout: Layout) -> int:
+    """Steps from one merge to the next, under ZeRO, where a merge may be heard by other ranks."""
+    assert exchange.config is not None
+    engine = layout.engine
+    sends = ""
+    if engine.stage == 3:
+        uneven = any(p.group == 0 and p.shape[0] % engine.gpus for p in exchange.parameters)
+        sends = "secondary copies" if layout.hpz > 1 else "B" if uneven else ""
+    elif exchange.masters and engine.itemsize < 4:
+        sends = "rows of W"
+    decays = exchange.config.weight_decay > 0
+    form, _ = choose_form(exchange.config, exchange.shapes, engine.itemsize < 4, decays, sends)
+    return 1 if form == "folded" else exchange.interval
 
 
 def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
@@ -286,7 +302,7 @@ def _split_rows(exchange: Exchange, layout: Layout) -> list[Transfer]:
         rows += len(split)
         widest = max(widest, p.shape[1] if split else 0)
     table = 2 * 4 * rows * widest if exchange.whole_rows else 0
-    per, merges = exchange.interval, exchange.merge_every
+    per, merges = exchange.interval, _merge_every(exchange, layout)
     return [
         Transfer("boundary", "all_reduce", "world", table / per, 1 / per),
         Transfer("boundary", "all_gather", "world", layout.engine.itemsize * gathered / merges, len(ours) / merges),

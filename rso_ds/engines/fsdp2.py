@@ -61,7 +61,7 @@ class FSDPShards(ReplicatedShards):
         kind = mesh.device_type
         device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
         super().__init__(layers, solver, device, master_weights=config.master_weights)
-        self.merge_sends_weights = False
+        self.merge_sends_weights, self.merge_sends = False, ""
         self._replicas = mesh.get_group(0) if mesh.ndim == 2 else replicas
         self._shard_group = mesh.get_group(mesh.ndim - 1)
         self._piece, self._shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)

@@ -21,6 +21,7 @@ from rso_ds.engines.ddp import replicated_shards
 from rso_ds.engines.fsdp2 import FSDPShards, is_sharded, refuse_fsdp1
 from rso_ds.engines.replicated import ReplicatedShards
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
+from rso_ds.form import settle_form
 from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.optim.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
 
@@ -44,7 +45,8 @@ class RSO(torch.optim.Optimizer):
         replicas: under FSDP2 with ``communicate: "boundary"``, the process group of the ranks that hold the
             same rows and step apart.
 
-    ``traffic`` counts what this process sends (``rso_ds.comm.CommCounter``). Raises ``RSOConversionError``
+    ``traffic`` counts what this process sends (``rso_ds.comm.CommCounter``), ``form`` says how layers compute and
+    why. Raises ``RSOConversionError``
     if the model has no RSO layer, ``RSOUnsupportedError`` for an unwrapped model among several ranks, FSDP1,
     and layouts that cut W elsewhere than along its rows, ``RSOReplicaError`` if ranks disagree.
 
@@ -91,11 +93,12 @@ class RSO(torch.optim.Optimizer):
             raise RSOUnsupportedError("replicas= is for models that fully_shard has cut: leave it out.")
         else:
             self._shards = replicated_shards(model, layers, self.solver, config)
+        self._config, self.form = settle_form(bare, config, layers.values(), decays, self._shards.merge_sends)
         ids = {id(p) for group in self.param_groups if not group[IS_SUBSPACE] for p in group["params"]}
         dense = {name: p for name, p in bare.named_parameters() if id(p) in ids}
         if config.communicate == "boundary":
             self._shards.step_apart(list(dense.values()), config.outer_momentum)
-        self.boundary = Boundary(config, layers, self._shards, decays, where, dense)
+        self.boundary = Boundary(self._config, layers, self._shards, decays, where, dense)
         self.boundary.materialize()
         self.boundary.check_replicas()
 

@@ -80,6 +80,7 @@ class ReplicatedShards:
         self.dense: list[nn.Parameter] = []
         self.weight_masters = WeightMasters(master_weights) if low_precision and master_weights != "none" else None
         self.merge_sends_weights = self.weight_masters is not None and self.world_size > 1
+        self.merge_sends = "rows of W between the ranks' fp32 masters" if self.merge_sends_weights else ""
 
     def step_apart(self, dense: Sequence[nn.Parameter], momentum: float) -> None:
         """Prepare for local steps; ``dense``: the parameters that train densely."""

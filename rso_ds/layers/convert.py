@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rso_ds.config import RSOConfig
+from rso_ds.config import AUTO, RSOConfig
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
@@ -68,19 +68,20 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     layers: dict[str, SubspaceLayer] = {}
     replaced: dict[int, nn.Parameter] = {}
     originals: list[nn.Parameter] = []
+    form = "two_path" if config.form == AUTO else config.form  # B is 0: an engine that folds changes nothing
     subspaces: dict[str, Subspace] = {}
     for members, rank in groups:
         subspace = _subspace(subspaces, members, shapes[members[0]][1], rank, config)
         shared = _shared_input(model, members, config)
         for name in members:
             old = model.get_submodule(name)
-            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, config.form)
+            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, form)
             originals.append(old.weight)  # type: ignore[arg-type]
             replaced[id(old.weight)] = layer.B
             _put(model, old, layer)
     for name, first in ties.items():
         old, tied = model.get_submodule(name), layers[first]
-        _put(model, old, _replacement(old, shapes[first], tied.subspace, SharedInput(1), config.form, tied.B))
+        _put(model, old, _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, tied.B))
     return Conversion({name: layers[name] for name in names}, replaced, originals)
 
 
@@ -110,7 +111,7 @@ def check_conversion(layers: Mapping[str, SubspaceLayer], config: RSOConfig) -> 
             ("form", layer),
         ):
             wanted, found = getattr(config, key), getattr(owner, key)
-            if wanted is not None and wanted != found:
+            if wanted is not None and wanted not in (found, AUTO):
                 raise RSOConversionError(
                     f"layer '{name}' was converted with '{key}': {found!r}, the configuration says {wanted!r}:"
                     " convert the model with the configuration that it trains with."

@@ -112,6 +112,8 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     _fill(params, "betas", [0.9, 0.999])
     _fill(params, "eps", 1e-8)
     _fill(config, "gradient_clipping", 1.0)
+    if config["optimizer"]["type"] == "RSO":
+        params.setdefault("tokens_per_step", micro * accumulation * args.seq_len)
     for kind in ("bf16", "fp16"):
         block = config.setdefault(kind, {"enabled": "auto"})
         if args.precision != "auto":

@@ -55,6 +55,8 @@ class TorchEngine:
         self.optimizer = _optimizer(self._wrapped, self.module, ds_json, config, extra)
         if isinstance(self.optimizer, RSO):
             self.rso = self.optimizer.boundary
+            if place.rank == 0:
+                print(self.optimizer.form, flush=True)
         self.scheduler = _scheduler(self.optimizer, ds_json)
         self.checkpoints = self._checkpointer()
 

@@ -57,6 +57,7 @@ def run(spec):
         "losses": (mean / world).tolist(),
         "lrs": lrs,
         "observed": observed,
+        "form": engine.rso.config.form,
         "draw": engine.rso.draw,
         "applied": engine.rso.applied_steps,
         "solver": type(engine.rso.shards.solver).__name__,

@@ -89,6 +89,7 @@ def run(spec):
     return {
         "losses": (mean / world).tolist(),
         "observed": observed,
+        "form": optimizer.boundary.config.form,
         "draw": optimizer.boundary.draw,
         "applied": optimizer.boundary.applied_steps,
         "trainable": sum(p.numel() for p in bare.parameters() if p.requires_grad),

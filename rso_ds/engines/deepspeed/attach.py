@@ -16,6 +16,7 @@ from rso_ds.engines.deepspeed.loss_scale import explain_lowest_scale, scale_loss
 from rso_ds.engines.deepspeed.saving import hook_checkpoints, hook_dense_saves
 from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.errors import RSOUnsupportedError
+from rso_ds.form import settle_form
 from rso_ds.layers import SubspaceLayer
 from rso_ds.optim.finite import gradients_finite
 from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
@@ -35,7 +36,9 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
         n: p for n, p in engine.module.named_parameters() if p.requires_grad and shards.solver_key(p) is not None
     }
     dense = {n: p for n, p in trained.items() if id(p) not in ours}
-    boundary = Boundary(config, dict(layers), shards, [groups[i][W_DECAY] for i in where], where, dense)
+    decays = [groups[i][W_DECAY] for i in where]
+    config, engine.rso_form = settle_form(engine.module, config, layers.values(), decays, shards.merge_sends)
+    boundary = Boundary(config, dict(layers), shards, decays, where, dense)
     boundary.materialize()
     boundary.check_replicas()
     if config.proximal:

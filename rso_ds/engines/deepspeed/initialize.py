@@ -50,8 +50,9 @@ def initialize(
     Reads ``"optimizer": {"type": "RSO", "params": {...}}``, converts ``model`` in place (unless
     ``rso_ds.convert`` has done so), lets DeepSpeed build the engine with the solver of the subproblem, and
     hooks the subspace boundary to the engine's applied steps. ``model_parameters`` may name the original
-    weights; each stands for its B. The engine gains two attributes: ``rso`` (the ``Boundary``: applied
-    steps, draw index) and ``traffic`` (``rso_ds.comm.CommCounter``: bytes handed to collectives).
+    weights; each stands for its B. The engine gains attributes: ``rso`` (the ``Boundary``: applied
+    steps, draw index), ``rso_form`` (how layers compute, and why) and ``traffic`` (``rso_ds.comm.CommCounter``: bytes
+    handed to collectives).
 
     Raises ``RSOConfigError`` (bad key, no RSO block, an optimizer in code besides the JSON's),
     ``RSOConversionError`` (the model does not fit), ``RSOUnsupportedError`` (a DeepSpeed feature that RSO
@@ -118,7 +119,7 @@ def initialize(
     engine.rso = attach(engine, converted, rso, where)
     count_traffic(engine)
     if engine.global_rank == 0:
-        print(table, flush=True)
+        print(f"{table}\n{engine.rso_form}", flush=True)
     return result
 
 

@@ -27,6 +27,11 @@ class Stage3Shards(ReplicatedShards):
     ) -> None:
         super().__init__(layers, zero.optimizer, device, group=group, master_weights=master_weights)
         self.merge_sends_weights = False
+        self.merge_sends = ""
+        if zero.zero_hpz_partition_size > 1:
+            self.merge_sends = "W, for ZeRO++'s secondary copies"
+        elif any(layer.out_features % self.world_size for layer in self.layers.values()):
+            self.merge_sends = "B, where ranks divide its rows unlike those of W"
         self.zero_optimizer = zero
         self._masters: dict[int, tuple[Tensor, int]] = {}
         for index, params in enumerate(zero.fp16_groups):
