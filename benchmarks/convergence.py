@@ -5,9 +5,11 @@
     python benchmarks/convergence.py table convergence.jsonl
     python benchmarks/convergence.py picture convergence.jsonl convergence.svg
 
-Every variant of a study is run at each learning rate of a grid with the first seed; while the best rate is the first or
-last one the grid grows by a factor of 2 on that side; the best goes on with the other seeds. A seed decides the initial
-weights, the order of the data and P. Results are appended to RESULTS; what is there is not run again, so that an
+Every variant has two learning rates: that of what is trained in the matrices of the blocks, and that of the rest
+(embedding, head, norms) as a multiple of it. With the first seed both are searched on a grid of powers of 2, from the
+best of the budget next to this one or from ``--start``: the four neighbours are run, the best becomes the centre, until
+no neighbour is better. The best goes on with the other seeds. A seed decides the initial weights, the order of the data
+and P. Results are appended to RESULTS; what is there is not run again, so that an
 interrupted study goes on, and studies share runs. One thread a run, ``--jobs`` runs at a time. GaLore needs
 ``galore-torch``, APOLLO ``apollo-torch``, LoRA and ReLoRA ``peft``.
 """
@@ -40,8 +42,10 @@ SEQ_LEN, BATCH = 128, 16
 HELD_OUT_TOKENS, ON_THE_WAY = 100_000, 16_384  # at the end, and before
 WARM_UP, FINAL, CLIP = 0.05, 0.1, 1.0
 SEEDS = (0, 1, 2)
-GRID = (2e-3, 4e-3)
-EXTENSIONS = 4
+START = (4e-3, 2.0)
+MOVES = 8
+
+Rates = tuple[float, float]  # in the matrices of the blocks, and the rest's as a multiple of it
 
 PAPER = {"carry_over": "reset", "interval": 50}
 RULES = ("reset", "keep_second", "row_mean_second", "project")
@@ -56,6 +60,7 @@ def _rso(**options: Any) -> dict[str, Any]:
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {
         "AdamW": {"method": "adamw"},
+        "Muon": {"method": "muon"},
         **{
             f"{name}, {label}": {"method": name.lower(), **rank}
             for label, rank in (("h/4", QUARTER), ("h/16", SIXTEENTH))
@@ -83,6 +88,10 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             rule.replace("_", " "): _rso(trial=rule)
             for rule in ("rotate_row_mean", "row_second", "full_first_step", "growing_interval", "principal", "sweep")
         },
+        **{f"main directions, {part:g}": _rso(trial="main_directions", part=part) for part in (0.25, 0.5, 0.75)},
+        "main directions, 0.5, project": _rso(trial="main_directions", part=0.5, carry_over="project"),
+        "polar": _rso(trial="polar"),
+        "polar, interval 5": _rso(trial="polar", interval=5, mu=0.8),
         "inner warm up, interval 50": _rso(trial="inner_warm_up", interval=50),
         "sweep, coordinate": _rso(trial="sweep", sampler="coordinate"),
         "important, coordinate": _rso(trial="important", sampler="coordinate"),
@@ -93,9 +102,6 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
             f"AdamW, beta1 {b1:g}, beta2 {b2:g}": {"method": "adamw", "betas": [b1, b2]}
             for b1, b2 in ((0.9, 0.95), (0.9, 0.99), (0.5, 0.999))
         },
-        # Short intervals shorten the steps of B, and not those of embeddings, head and norms.
-        **{f"AdamW, outside x {n}": {"method": "adamw", "outside": n} for n in (2, 4)},
-        **{f"RSO, outside x {n:g}": _rso(outside=n) for n in (2, 4)},
         "RSO, full rank, coordinate": _rso(rank_ratio=1.0, sampler="coordinate"),
         "RSO, full rank, haar": _rso(rank_ratio=1.0),
     },
@@ -154,6 +160,7 @@ def train(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
         loss = method.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
+        method.before()
         method.optimizer.step()
         method.optimizer.zero_grad()
         if method.after is not None:
@@ -171,7 +178,8 @@ def train(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
 
 
 def key(spec: dict[str, Any]) -> str:
-    return json.dumps([spec[k] for k in ("options", "lr", "seed", "tokens", "shape", "vocab", "data")], sort_keys=True)
+    options = {k: float(v) if k == "outside" else v for k, v in spec["options"].items()}
+    return json.dumps([options, *(spec[k] for k in ("lr", "seed", "tokens", "shape", "vocab", "data"))], sort_keys=True)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -184,7 +192,7 @@ class Study:
         self.results: Path = args.results
         self.cache: Path = args.cache
         self.seeds: int = args.seeds
-        self.rates: list[float] = sorted(args.rates)
+        self.start: Rates = (args.start[0], args.start[1])
         self.pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
         self.done = read(self.results)
 
@@ -200,27 +208,46 @@ class Study:
             shown = "diverged" if loss is None else f"{loss:.4f}"
             print(f"{result['options']}  lr {result['lr']:g}  seed {result['seed']}  {shown}", flush=True)
 
-    def sweep(self, variants: dict[str, dict[str, Any]], base: dict[str, Any]) -> None:
-        """The rates with the first seed, then the best of each with the others."""
-        grids = {name: list(self.rates) for name in variants}
-        for _ in range(EXTENSIONS + 1):
-            self.run(self._spec(base, variants[n], lr, SEEDS[0]) for n, grid in grids.items() for lr in grid)
-            for name, grid in grids.items():
-                losses = [self._loss(base, variants[name], lr) for lr in grid]
-                best = losses.index(min(losses))
-                if best == 0:
-                    grid.insert(0, grid[0] / 2)
-                if best == len(losses) - 1:
-                    grid.append(grid[-1] * 2)
-        found = {n: min(grid, key=lambda lr: self._loss(base, variants[n], lr)) for n, grid in grids.items()}
-        self.run(self._spec(base, variants[n], lr, seed) for n, lr in found.items() for seed in SEEDS[: self.seeds])
+    def search(self, variants: dict[str, dict[str, Any]], base: dict[str, Any]) -> None:
+        """The two rates of each variant with the first seed, then the best of each with the others."""
+        best = {name: self._known_best(base, options) or self.start for name, options in variants.items()}
+        moving = set(variants)
+        for _ in range(MOVES):
+            stars = {name: [best[name], *neighbours(best[name])] for name in variants if name in moving}
+            self.run(self._spec(base, variants[n], rates, SEEDS[0]) for n, star in stars.items() for rates in star)
+            for name, star in stars.items():
+                centre, best[name] = best[name], min(star, key=lambda r: self._loss(base, variants[name], r))
+                if best[name] == centre:
+                    moving.remove(name)
+        if moving:
+            print(f"not at their best after {MOVES} moves: {', '.join(sorted(moving))}", flush=True)
+        self.run(self._spec(base, variants[n], r, seed) for n, r in best.items() for seed in SEEDS[: self.seeds])
 
-    def _spec(self, base: dict[str, Any], options: dict[str, Any], lr: float, seed: int) -> dict[str, Any]:
-        return {**base, "options": options, "lr": lr, "seed": seed}
+    def _known_best(self, base: dict[str, Any], options: dict[str, Any]) -> Rates | None:
+        """The best rates of this variant at the budget next to this one, of those that have been run."""
+        found: dict[int, tuple[float, Rates]] = {}
+        for r in self.done.values():
+            mine = {k: v for k, v in r["options"].items() if k != "outside"}
+            alike = all(r[k] == base[k] for k in ("shape", "vocab", "data"))
+            if alike and mine == options and r["seed"] == SEEDS[0] and r["held_out_loss"] is not None:
+                rates = (r["lr"], float(r["options"].get("outside", 1)))
+                found[r["tokens"]] = min(found.get(r["tokens"], (math.inf, rates)), (r["held_out_loss"], rates))
+        nearest = min(found, key=lambda tokens: abs(math.log(tokens / base["tokens"])), default=None)
+        return None if nearest is None else found[nearest][1]
 
-    def _loss(self, base: dict[str, Any], options: dict[str, Any], lr: float) -> float:
-        result = self.done.get(key(self._spec(base, options, lr, SEEDS[0])))
+    def _spec(self, base: dict[str, Any], options: dict[str, Any], rates: Rates, seed: int) -> dict[str, Any]:
+        lr, outside = rates
+        ratio = {} if outside == 1 else {"outside": outside}
+        return {**base, "options": {**options, **ratio}, "lr": lr, "seed": seed}
+
+    def _loss(self, base: dict[str, Any], options: dict[str, Any], rates: Rates) -> float:
+        result = self.done.get(key(self._spec(base, options, rates, SEEDS[0])))
         return math.inf if result is None or result["held_out_loss"] is None else result["held_out_loss"]
+
+
+def neighbours(rates: Rates) -> list[Rates]:
+    lr, outside = rates
+    return [(lr / 2, outside), (lr * 2, outside), (lr, outside / 2), (lr, outside * 2)]
 
 
 def main() -> None:
@@ -230,7 +257,7 @@ def main() -> None:
     run.add_argument("studies", nargs="+", choices=STUDIES)
     run.add_argument("--variants", nargs="+", help="names of the study's variants; all if left out")
     run.add_argument("--seeds", type=int, default=len(SEEDS), help="1 is enough to choose what is worth the others")
-    run.add_argument("--rates", type=float, nargs="+", default=list(GRID), help="where the grids begin")
+    run.add_argument("--start", type=float, nargs=2, default=START, help="rate and multiple where searches begin")
     run.add_argument("--data", required=True)
     run.add_argument("--shape", default="llama-9m")
     run.add_argument("--vocab", type=int, default=4096)
@@ -254,7 +281,7 @@ def main() -> None:
         for ratio in args.tokens_per_parameter:
             base = {"shape": args.shape, "vocab": args.vocab, "data": args.data, "tokens": round(ratio * parameters)}
             for name in args.studies:
-                study.sweep({v: o for v, o in STUDIES[name].items() if v in (args.variants or known)}, base)
+                study.search({v: o for v, o in STUDIES[name].items() if v in (args.variants or known)}, base)
     names: dict[str, str] = {}  # several studies contain the defaults: the first names them
     for study_name, found in STUDIES.items():
         for variant, options in found.items():

@@ -13,13 +13,24 @@ from typing import Any
 
 @dataclass
 class Variant:
-    """``by_rate``: loss of the first seed at each rate, None if it diverged; ``losses``: of all seeds at the best."""
+    """``by_rates``: loss of the first seed at each (rate, multiple outside the blocks), None if it diverged;
+    ``losses``: of all seeds at the best."""
 
     name: str
     trained: int
-    best: float
-    by_rate: dict[float, float | None]
+    best: tuple[float, float]
+    by_rates: dict[tuple[float, float], float | None]
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def by_rate(self) -> dict[float, float]:
+        """Loss at the best multiple."""
+        return {lr: x for (lr, outside), x in self.by_rates.items() if outside == self.best[1] and x is not None}
+
+    @property
+    def by_multiple(self) -> dict[float, float]:
+        """Loss at the best rate."""
+        return {outside: x for (lr, outside), x in self.by_rates.items() if lr == self.best[0] and x is not None}
 
 
 def variants(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dict[tuple[str, str, int], list[Variant]]:
@@ -27,32 +38,39 @@ def variants(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dic
     found: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = {}
     for r in results:
         place = (r["shape"], Path(r["data"]).name, r["tokens"])
-        found.setdefault(place, {}).setdefault(json.dumps(r["options"], sort_keys=True), []).append(r)
+        options = {k: v for k, v in r["options"].items() if k != "outside"}
+        found.setdefault(place, {}).setdefault(json.dumps(options, sort_keys=True), []).append(r)
     return {
         place: [_variant(names.get(options, options), runs) for options, runs in by_options.items()]
         for place, by_options in found.items()
     }
 
 
+def _rates(run: dict[str, Any]) -> tuple[float, float]:
+    return run["lr"], float(run["options"].get("outside", 1))
+
+
 def _variant(name: str, runs: list[dict[str, Any]]) -> Variant:
     seed = min(r["seed"] for r in runs)
-    first = {r["lr"]: r["held_out_loss"] for r in runs if r["seed"] == seed}
-    best = min(first, key=lambda lr: math.inf if first[lr] is None else first[lr])
-    losses = [r["held_out_loss"] for r in runs if r["lr"] == best and r["held_out_loss"] is not None]
+    first = {_rates(r): r["held_out_loss"] for r in runs if r["seed"] == seed}
+    best = min(first, key=lambda rates: math.inf if first[rates] is None else first[rates])
+    losses = [r["held_out_loss"] for r in runs if _rates(r) == best and r["held_out_loss"] is not None]
     return Variant(name, runs[0]["trained"], best, dict(sorted(first.items())), losses)
 
 
 def table(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> str:
-    """Mean and standard deviation over the seeds at the best rate (of the first seed), and the loss at every rate."""
+    """Mean and standard deviation over the seeds at the best rates (of the first seed), and the loss around them."""
     lines = []
     for (shape, data, tokens), found in variants(results, names).items():
         lines += [f"\n{shape}, {data}, {tokens:,} tokens\n"]
-        lines += ["| | held-out loss | lr | trained | loss by rate, first seed |", "|---|---|---|---|---|"]
+        lines += ["| | held-out loss | rate | outside | trained | by rate | by multiple outside |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for v in found:
             spread = f" ± {stdev(v.losses):.4f} ({len(v.losses)})" if len(v.losses) > 1 else ""
             shown = f"{mean(v.losses):.4f}{spread}" if v.losses else "diverged"
-            rates = ", ".join(f"{lr:g}: {'-' if x is None else f'{x:.4f}'}" for lr, x in v.by_rate.items())
-            lines.append(f"| {v.name} | {shown} | {v.best:g} | {v.trained:,} | {rates} |")
+            cells = [v.name, shown, f"{v.best[0]:g}", f"x {v.best[1]:g}", f"{v.trained:,}"]
+            cells += [", ".join(f"{k:g}: {x:.3f}" for k, x in line.items()) for line in (v.by_rate, v.by_multiple)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -66,8 +84,7 @@ def picture(results: Iterable[dict[str, Any]], names: Mapping[str, str], out: Pa
     for (by_rate, by_size), ((shape, data, tokens), found) in zip(panels, budgets.items(), strict=True):
         for v in (v for v in found if v.losses and v.name.startswith("methods: ")):
             name = v.name.removeprefix("methods: ")
-            rates = {lr: x for lr, x in v.by_rate.items() if x is not None}
-            by_rate.plot(list(rates), list(rates.values()), marker="o", markersize=3, label=name)
+            by_rate.plot(list(v.by_rate), list(v.by_rate.values()), marker="o", markersize=3, label=name)
             spread = stdev(v.losses) if len(v.losses) > 1 else 0.0
             by_size.errorbar(v.trained / 1e6, mean(v.losses), yerr=spread, fmt="o", markersize=4, label=name)
         low = min((mean(v.losses) for v in found if v.losses), default=0.0)

@@ -21,12 +21,22 @@ from rso_ds.subspace import Subspace, projection_seed
 class Trial:
     """``optimizer`` changed by rule ``name``.
 
-    ``after(step)`` is to be called with the number of steps taken, ``scale(step)`` multiplies the learning rate of
-    every B in step ``step`` (from 0), besides the schedule.
+    ``before()`` is to be called before each step, ``after(step)`` with the number of steps taken; ``scale(step)``
+    multiplies the learning rate of every B in step ``step`` (from 0), besides the schedule. ``part`` and ``mu`` are of
+    the rules that name them.
     """
 
-    def __init__(self, name: str, optimizer: rso_ds.RSO, config: rso_ds.RSOConfig, steps: int) -> None:
-        self.optimizer, self.config, self.steps = optimizer, config, steps
+    def __init__(
+        self,
+        name: str,
+        optimizer: rso_ds.RSO,
+        config: rso_ds.RSOConfig,
+        steps: int,
+        part: float = 0.5,
+        mu: float = 0.9,
+    ) -> None:
+        self.optimizer, self.config, self.steps, self.part, self.mu = optimizer, config, steps, part, mu
+        self.before: Callable[[], None] = lambda: None
         self.after: Callable[[int], None] | None = None
         self.scale: Callable[[int], float] = lambda step: 1.0
         getattr(self, "_" + name)()
@@ -83,11 +93,47 @@ class Trial:
     def _principal(self) -> None:
         """Half of P spans the inputs' main directions inside the last subspace, the rest is random and orthogonal to
         them (as in PRAC): P = [Q1, sqrt((in - r1) / (r - r1)) Q2], so that E[P P^T] = I given Q1."""
-        self._watch_inputs(_principal_and_random)
+        for subspace, seen in self._watch("of z").items():
+            self._replace(subspace, lambda draw, s=subspace, seen=seen: partly_random(s, draw, _lifted(s, seen)))
+
+    def _main_directions(self) -> None:
+        """As ``principal``, from the inputs' exact covariance [in, in], which no one would keep: what better statistics
+        could give. ``part`` of P spans its main directions."""
+        for subspace, seen in self._watch("covariance").items():
+            self._replace(
+                subspace,
+                lambda draw, s=subspace, seen=seen: partly_random(s, draw, self._main(seen.get("covariance"), s.rank)),
+            )
+
+    def _main(self, covariance: Tensor | None, rank: int) -> Tensor | None:
+        if covariance is None:
+            return None
+        return torch.linalg.eigh(covariance).eigenvectors[:, -round(self.part * rank) :]
+
+    def _polar(self) -> None:
+        """Muon in the subspace: B moves along the polar factor U = M (M^T M)^(-1/2) of its momentum, which begins anew
+        with each subspace; an entry of U P^T is 0.2 on average, as AdamW's steps about are."""
+        momentum: dict[str, Tensor] = {}
+
+        @torch.no_grad()
+        def before() -> None:
+            rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+            if self.optimizer.boundary.applied_steps % self.config.interval == 0:
+                momentum.clear()
+            for name, layer in self.optimizer.boundary.layers.items():
+                gradient, layer.B.grad = layer.B.grad, None
+                assert gradient is not None
+                m = momentum.setdefault(name, torch.zeros_like(gradient)).mul_(self.mu).add_(gradient)
+                m = gradient + self.mu * m
+                values, vectors = torch.linalg.eigh(m.t() @ m)
+                inverse_root = vectors * values.clamp_min(1e-8 * values[-1] + 1e-30).rsqrt() @ vectors.t()
+                layer.B.sub_(m @ inverse_root, alpha=rates[id(layer.B)] * 0.2 * layer.out_features**0.5)
+
+        self.before = before
 
     def _important(self) -> None:
         """Coordinates are drawn without replacement with odds in proportion to the size of their inputs."""
-        for subspace, statistics in self._watch(energy=True).items():
+        for subspace, statistics in self._watch("energy").items():
 
             def sample(draw: int, s: Subspace = subspace, seen: dict[str, Tensor] = statistics) -> Tensor:
                 generator = torch.Generator().manual_seed(projection_seed(s.seed, s.name, draw))
@@ -97,12 +143,9 @@ class Trial:
 
             self._replace(subspace, sample)
 
-    def _watch_inputs(self, make: Callable[[Subspace, int, Tensor | None], Tensor]) -> None:
-        for subspace, seen in self._watch(energy=False).items():
-            self._replace(subspace, lambda draw, s=subspace, seen=seen: make(s, draw, seen.get("covariance")))
-
-    def _watch(self, energy: bool) -> dict[Subspace, dict[str, Tensor]]:
-        """Statistics of the last inputs of one layer of each subspace: mean x^2 [in], or the covariance of z [r, r]."""
+    def _watch(self, what: str) -> dict[Subspace, dict[str, Tensor]]:
+        """Of the inputs of one layer of each subspace: the last ones' "energy", mean x^2 [in], or covariance "of z"
+        [r, r], or their running "covariance" [in, in]."""
         found: dict[Subspace, dict[str, Tensor]] = {}
         for layer in self.optimizer.boundary.layers.values():
             if layer.subspace in found:
@@ -110,12 +153,16 @@ class Trial:
             found[layer.subspace] = {}
 
             def look(module: SubspaceLayer, args: tuple[Tensor, ...]) -> None:
-                x = args[0].detach().flatten(0, -2)
-                if energy:
-                    found[module.subspace]["energy"] = x.square().mean(dim=0)
-                else:
+                if not module.training:
+                    return
+                seen, x = found[module.subspace], args[0].detach().flatten(0, -2)
+                if what == "energy":
+                    seen[what] = x.square().mean(dim=0)
+                elif what == "of z":
                     z = x @ module.projection()
-                    found[module.subspace]["covariance"] = z.t() @ z
+                    seen[what] = z.t() @ z
+                else:
+                    seen[what] = 0.9 * seen.get(what, torch.zeros(())) + x.t() @ x
 
             layer.register_forward_pre_hook(look)
         return found
@@ -139,19 +186,25 @@ def swept(subspace: Subspace, draw: int) -> Tensor:
     return q[:, mine] * (subspace.in_features / subspace.rank) ** 0.5
 
 
-def _principal_and_random(subspace: Subspace, draw: int, covariance: Tensor | None) -> Tensor:
-    """P of ``draw`` [in, r]; ``covariance``: of z under the P before [r, r], None at first: then all of P is random."""
+def partly_random(subspace: Subspace, draw: int, main: Tensor | None) -> Tensor:
+    """P of ``draw`` [in, r] = [main, k Q], orthogonal columns, Q random, k such that E[P P^T] = I given ``main``
+    [in, r1]; all of it random if that is None."""
     generator = torch.Generator().manual_seed(projection_seed(subspace.seed, subspace.name, draw))
     size, rank = subspace.in_features, subspace.rank
-    main = rank // 2 if covariance is not None and subspace.P is not None else 0
     columns = torch.randn(size, rank, generator=generator)
-    if main:
-        assert covariance is not None
-        assert subspace.P is not None
-        columns[:, :main] = subspace.P @ torch.linalg.eigh(covariance).eigenvectors[:, -main:]
+    count = 0 if main is None else main.shape[1]
+    if main is not None:
+        columns[:, :count] = main
     q, _ = torch.linalg.qr(columns)
-    q[:, main:] *= ((size - main) / (rank - main)) ** 0.5
+    q[:, count:] *= ((size - count) / (rank - count)) ** 0.5
     return q
+
+
+def _lifted(subspace: Subspace, seen: dict[str, Tensor]) -> Tensor | None:
+    """[in, r/2]: the main directions of the last inputs inside the last subspace."""
+    if "of z" not in seen or subspace.P is None:
+        return None
+    return subspace.P @ torch.linalg.eigh(seen["of z"]).eigenvectors[:, -(subspace.rank // 2) :]
 
 
 def subspace_groups(optimizer: rso_ds.RSO) -> list[bool]:
