@@ -8,8 +8,8 @@
 Every variant has two learning rates: that of what is trained in the matrices of the blocks, and that of the rest
 (embedding, head, norms) as a multiple of it. With the first seed both are searched on a grid of powers of 2, from the
 best of the budget next to this one or from ``--start``: the four neighbours are run, the best becomes the centre, until
-no neighbour is better. The best goes on with the other seeds. A seed decides the initial weights, the order of the data
-and P. Results are appended to RESULTS; what is there is not run again, so that an
+none is better by more than ``NOISE``. The best goes on with the other seeds. A seed decides the initial weights, the
+order of the data and P. Results are appended to RESULTS; what is there is not run again, so that an
 interrupted study goes on, and studies share runs. One thread a run, ``--jobs`` runs at a time. GaLore needs
 ``galore-torch``, APOLLO ``apollo-torch``, LoRA and ReLoRA ``peft``.
 """
@@ -44,6 +44,7 @@ WARM_UP, FINAL, CLIP = 0.05, 0.1, 1.0
 SEEDS = (0, 1, 2)
 START = (4e-3, 2.0)
 MOVES = 8
+NOISE = 0.004  # a loss lower by less is no reason to go on: seeds differ by more
 
 Rates = tuple[float, float]  # in the matrices of the blocks, and the rest's as a multiple of it
 
@@ -216,8 +217,10 @@ class Study:
             stars = {name: [best[name], *neighbours(best[name])] for name in variants if name in moving}
             self.run(self._spec(base, variants[n], rates, SEEDS[0]) for n, star in stars.items() for rates in star)
             for name, star in stars.items():
-                centre, best[name] = best[name], min(star, key=lambda r: self._loss(base, variants[name], r))
-                if best[name] == centre:
+                losses = [self._loss(base, variants[name], rates) for rates in star]
+                if min(losses) < losses[0] - NOISE:
+                    best[name] = star[losses.index(min(losses))]
+                else:
                     moving.remove(name)
         if moving:
             print(f"not at their best after {MOVES} moves: {', '.join(sorted(moving))}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,11 @@ def _rates(run: dict[str, Any]) -> tuple[float, float]:
 def _variant(name: str, runs: list[dict[str, Any]]) -> Variant:
     seed = min(r["seed"] for r in runs)
     first = {_rates(r): r["held_out_loss"] for r in runs if r["seed"] == seed}
-    best = min(first, key=lambda rates: math.inf if first[rates] is None else first[rates])
+    # Where the other seeds were run; until then, the best so far.
+    seeds = Counter(_rates(r) for r in runs)
+    most = max(seeds.values())
+    chosen = [rates for rates in first if seeds[rates] == most]
+    best = min(chosen, key=lambda rates: math.inf if first[rates] is None else first[rates])
     losses = [r["held_out_loss"] for r in runs if _rates(r) == best and r["held_out_loss"] is not None]
     return Variant(name, runs[0]["trained"], best, dict(sorted(first.items())), losses)
 

@@ -33,7 +33,13 @@ def test_the_commands_need_no_deepspeed():
 def test_every_key_is_documented_with_its_default():
     text = (ROOT / "docs" / "configuration.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, flags=re.M))
-    defaults = {"rank": "null", "rank_ratio": "0.25", "dense_lr": "null (= `lr`)", "betas": "[0.9, 0.999]"}
+    defaults = {
+        "rank": "null",
+        "rank_ratio": "0.25",
+        "tokens_per_step": "null",
+        "dense_lr": "null (= `lr`)",
+        "betas": "[0.9, 0.999]",
+    }
     for f in dataclasses.fields(RSOConfig):
         assert f.name in rows, f.name
         if f.name in defaults:
