@@ -54,7 +54,7 @@ class Shards(Protocol):
 
     device: torch.device
     merge_sends_weights: bool  # whether ``merge`` exchanges rows of W between ranks
-    merge_sends: str  # what it exchanges, or makes ranks exchange later, in words; empty if nothing
+    merge_sends: str  # what it sends, or makes ranks send later, and whereto, in words; empty if nothing
 
     def begin(self) -> None:
         """Called before anything changes: drop gathered copies that would go stale."""

@@ -41,8 +41,8 @@ def choose_form(
 ) -> tuple[str, str]:
     """("two_path" or "folded", why).
 
-    ``low_precision``: W is in bf16 or fp16; ``decays``: weight decay acts on it. ``merge_sends``: what ranks would
-    exchange in each merge, empty if nothing (``Shards.merge_sends``).
+    ``low_precision``: W is in bf16 or fp16; ``decays``: weight decay acts on it. ``merge_sends``: what each
+    merge would send, and whereto, empty if nothing (``Shards.merge_sends``).
     """
     if config.form != AUTO:
         return config.form, "set in the configuration"
@@ -52,7 +52,7 @@ def choose_form(
     if decays:
         return "two_path", "weight decay of W would come with every merge, so that results were not the same"
     if merge_sends:
-        return "two_path", f"merging at every step would exchange {merge_sends}"
+        return "two_path", f"merging at every step would send {merge_sends}"
     if low_precision and config.merge_rounding == "nearest":
         if config.master_weights == "none":
             return "two_path", "16-bit weights rounded to nearest would lose the updates of single steps"

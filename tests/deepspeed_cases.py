@@ -127,6 +127,9 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     cases["zero3-folded-persistent"] = case(3, FOLDED, zero={"stage3_param_persistence_threshold": 100000})
     cases["zero3-folded-hpz"] = case(3, FOLDED, zero={"zero_hpz_partition_size": 2})
     cases["zero3-auto-uneven"] = case(3, AUTO, intermediate=85)
+    cases["zero3-auto-offload-param"] = case(
+        3, {**AUTO, "torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU}
+    )
     cases["zero3-auto-hpz"] = case(3, AUTO, zero={"zero_hpz_partition_size": 2})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
     return copy.deepcopy(cases)

@@ -142,7 +142,7 @@ SQUARE = [Shape(1024, 1024, 256)]
         ({"merge_rounding": "stochastic"}, {"low_precision": True}, "folded", "pays"),
         ({"master_weights": "device"}, {"low_precision": True}, "folded", "pays"),
         ({"master_weights": "cpu"}, {"low_precision": True}, "two_path", "between CPU and device"),
-        ({}, {"merge_sends": "W"}, "two_path", "would exchange W"),
+        ({}, {"merge_sends": "W"}, "two_path", "would send W"),
     ],
 )
 def test_choice_of_the_form(options, facts, form, why):

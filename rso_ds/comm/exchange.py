@@ -274,7 +274,7 @@ def _merge_every(exchange: Exchange, layout: Layout) -> int:
     sends = ""
     if engine.stage == 3:
         uneven = any(p.group == 0 and p.shape[0] % engine.gpus for p in exchange.parameters)
-        sends = "secondary copies" if layout.hpz > 1 else "B" if uneven else ""
+        sends = "W" if layout.hpz > 1 or engine.offload_param else "B" if uneven else ""
     elif exchange.masters and engine.itemsize < 4:
         sends = "rows of W"
     decays = exchange.config.weight_decay > 0

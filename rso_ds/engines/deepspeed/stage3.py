@@ -29,9 +29,11 @@ class Stage3Shards(ReplicatedShards):
         self.merge_sends_weights = False
         self.merge_sends = ""
         if zero.zero_hpz_partition_size > 1:
-            self.merge_sends = "W, for ZeRO++'s secondary copies"
+            self.merge_sends = "W to other nodes, for ZeRO++'s secondary copies"
+        elif zero.offload_param:
+            self.merge_sends = "W from the CPU to the device and back"
         elif any(layer.out_features % self.world_size for layer in self.layers.values()):
-            self.merge_sends = "B, where ranks divide its rows unlike those of W"
+            self.merge_sends = "B between ranks that divide its rows unlike those of W"
         self.zero_optimizer = zero
         self._masters: dict[int, tuple[Tensor, int]] = {}
         for index, params in enumerate(zero.fp16_groups):
