@@ -44,7 +44,7 @@ WARM_UP, FINAL, CLIP = 0.05, 0.1, 1.0
 SEEDS = (0, 1, 2)
 START = (4e-3, 2.0)
 MOVES = 8
-NOISE = 0.004  # a loss lower by less is no reason to go on: seeds differ by more
+NOISE = 0.004  # a loss lower by less is no reason to go on
 
 Rates = tuple[float, float]  # in the matrices of the blocks, and the rest's as a multiple of it
 
