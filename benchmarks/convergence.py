@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from convergence_methods import build
-from convergence_report import picture, table
+from convergence_report import options_of, picture, rates_of, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -230,11 +230,10 @@ class Study:
         """The best rates of this variant at the budget next to this one, of those that have been run."""
         found: dict[int, tuple[float, Rates]] = {}
         for r in self.done.values():
-            mine = {k: v for k, v in r["options"].items() if k != "outside"}
             alike = all(r[k] == base[k] for k in ("shape", "vocab", "data"))
-            if alike and mine == options and r["seed"] == SEEDS[0] and r["held_out_loss"] is not None:
-                rates = (r["lr"], float(r["options"].get("outside", 1)))
-                found[r["tokens"]] = min(found.get(r["tokens"], (math.inf, rates)), (r["held_out_loss"], rates))
+            if alike and options_of(r) == options and r["seed"] == SEEDS[0] and r["held_out_loss"] is not None:
+                mine = (r["held_out_loss"], rates_of(r))
+                found[r["tokens"]] = min(found.get(r["tokens"], mine), mine)
         nearest = min(found, key=lambda tokens: abs(math.log(tokens / base["tokens"])), default=None)
         return None if nearest is None else found[nearest][1]
 

@@ -39,27 +39,32 @@ def variants(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dic
     found: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = {}
     for r in results:
         place = (r["shape"], Path(r["data"]).name, r["tokens"])
-        options = {k: v for k, v in r["options"].items() if k != "outside"}
-        found.setdefault(place, {}).setdefault(json.dumps(options, sort_keys=True), []).append(r)
+        found.setdefault(place, {}).setdefault(json.dumps(options_of(r), sort_keys=True), []).append(r)
     return {
         place: [_variant(names.get(options, options), runs) for options, runs in by_options.items()]
         for place, by_options in found.items()
     }
 
 
-def _rates(run: dict[str, Any]) -> tuple[float, float]:
+def options_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The variant that was run, without its rates."""
+    return {k: v for k, v in run["options"].items() if k != "outside"}
+
+
+def rates_of(run: dict[str, Any]) -> tuple[float, float]:
+    """Its rate in the matrices of the blocks, and the rest's as a multiple of it."""
     return run["lr"], float(run["options"].get("outside", 1))
 
 
 def _variant(name: str, runs: list[dict[str, Any]]) -> Variant:
     seed = min(r["seed"] for r in runs)
-    first = {_rates(r): r["held_out_loss"] for r in runs if r["seed"] == seed}
+    first = {rates_of(r): r["held_out_loss"] for r in runs if r["seed"] == seed}
     # Where the other seeds were run; until then, the best so far.
-    seeds = Counter(_rates(r) for r in runs)
+    seeds = Counter(rates_of(r) for r in runs)
     most = max(seeds.values())
     chosen = [rates for rates in first if seeds[rates] == most]
     best = min(chosen, key=lambda rates: math.inf if first[rates] is None else first[rates])
-    losses = [r["held_out_loss"] for r in runs if _rates(r) == best and r["held_out_loss"] is not None]
+    losses = [r["held_out_loss"] for r in runs if rates_of(r) == best and r["held_out_loss"] is not None]
     return Variant(name, runs[0]["trained"], best, dict(sorted(first.items())), losses)
 
 

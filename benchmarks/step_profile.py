@@ -12,12 +12,12 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_time import CUDA, now
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,6 @@ import rso_ds
 from rso_ds.models import LLAMA_SHAPES, llama_config
 from rso_ds.subspace import sample_projection
 
-CUDA = torch.cuda.is_available()
 PHASES = ("forward", "backward", "solver", "merge", "boundary")
 METHODS: dict[str, dict[str, Any] | None] = {
     "AdamW": None,
@@ -43,6 +42,8 @@ EVERY = 1_000_000  # steps to a boundary that is crossed by hand
 
 
 class Method:
+    """A model with its optimizer; ``options``: of RSO, None for AdamW. ``spent``: seconds of each phase, by call."""
+
     def __init__(self, options: dict[str, Any] | None, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         shape = llama_config(args.model, args.vocab)
@@ -93,12 +94,6 @@ class Method:
             found[next((kind for kind, names in OPERATORS.items() if event.key.startswith(names)), "other")] += spent
         total = sum(found.values())
         return {kind: spent / total for kind, spent in found.items()}
-
-
-def now() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def draws(shapes: list[tuple[int, int]], repeats: int) -> list[dict[str, Any]]:

@@ -112,7 +112,8 @@ class Trial:
 
     def _polar(self) -> None:
         """Muon in the subspace: B moves along the polar factor U = M (M^T M)^(-1/2) of its momentum, which begins anew
-        with each subspace; an entry of U P^T is 0.2 on average, as AdamW's steps about are."""
+        with each subspace; the root mean square of U P^T's entries, times the
+        scale, is 0.2, as that of AdamW's steps about is."""
         momentum: dict[str, Tensor] = {}
 
         @torch.no_grad()

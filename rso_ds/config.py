@@ -175,7 +175,7 @@ class RSOConfig:
         for key, value in params.items():
             if key not in known:
                 raise RSOConfigError(unknown_key(key, known, "the RSO optimizer"))
-            if isinstance(value, str) and value == AUTO and key != "form":
+            if isinstance(value, str) and value == AUTO and key != "form":  # whose "auto" rso_ds.form settles
                 raise RSOConfigError(
                     f"'{key}': \"auto\" was not filled in: the program that reads this JSON (Hugging Face"
                     " Trainer, launch/train.py) does that; give a value otherwise."

@@ -12,7 +12,7 @@ import pytest
 import tiny_llama
 import torch
 from deepspeed_cases import MICRO, ODD_TARGETS, RANK, STEPS, TOKENS, fp32_cases
-from observing import check_observed
+from observing import as_run, check_observed
 from ranks import run_ranks
 from reference import Settings, train
 
@@ -26,11 +26,6 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("fp32")
     run_ranks("deepspeed_fp32", out, WORLD)
     return torch.load(out / "fp32.pt", weights_only=False)
-
-
-def as_run(spec, got):
-    """``spec`` with the form that was chosen, if the choice was left."""
-    return {**spec, "rso": {**spec["rso"], "form": got["form"]}}
 
 
 def reference(spec, lrs):

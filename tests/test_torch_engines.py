@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import tiny_llama
 import torch
-from observing import check_observed
+from observing import as_run, check_observed
 from ranks import run_ranks
 from reference import Settings, train
 from reference_local import train_apart
@@ -39,11 +39,6 @@ def settings_of(spec):
     if rso.pop("share_projection", "input") == "shape":
         groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
     return Settings(groups=groups, rank=spec["rso"]["rank"], clip=spec["clip"], **rso)
-
-
-def as_run(spec, got):
-    """``spec`` with the form that was chosen, if the choice was left."""
-    return {**spec, "rso": {**spec["rso"], "form": got["form"]}}
 
 
 def reference(spec, world):

@@ -80,6 +80,12 @@ def test_traffic_is_reported(space, finished):
         assert f"sent by rank 0 in {STEPS} steps, MB" in finished[name].stdout
 
 
+def test_the_form_and_its_reason_are_shown(finished):
+    for name in ("deepspeed", "ddp", "fsdp2"):
+        assert finished[name].stdout.count("form folded: pays from ") == 1, name
+    assert "form two_path: 'communicate' needs the B of the whole subspace" in finished["ddp-local"].stdout
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "ddp-local", "ddp-adamw"])
 def test_resumes_exactly(space, finished, name):
     """From the checkpoint in the middle of a subspace, in new processes."""

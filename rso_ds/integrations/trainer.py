@@ -114,7 +114,7 @@ def with_rso(trainer_class: type[Trainer]) -> type[Trainer]:
             if not optimizer.attached:
                 optimizer.wrapped(self.model_wrapped)
                 if self.is_world_process_zero():
-                    print(summary_table(optimizer._bare, optimizer._config), flush=True)
+                    print(f"{summary_table(optimizer._bare, optimizer._config)}\n{optimizer.form}", flush=True)
 
         def _rso_checkpoints(self) -> Checkpointer:
             self.attach_rso()
