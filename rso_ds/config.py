@@ -22,7 +22,7 @@ SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")
 MERGE_ROUNDINGS = ("nearest", "stochastic")
 MASTER_WEIGHTS = ("none", "device", "cpu")
 COMMUNICATE = ("every_step", "boundary")
-FORMS = ("auto", "two_path", "folded")
+FORMS = ("two_path", "folded")
 SHARED_PROJECTIONS = ("input", "shape")
 LEAN_PIECES = ("shared_input", "norm", "activation", "loss", "liger")
 AUTO = "auto"
@@ -61,15 +61,15 @@ class RSOConfig:
     carry_over: str = _key(
         "row_mean_second", f"What becomes of the solver state of B at a boundary: {CARRY_OVER_RULES}."
     )
-    form: str = _key(
-        AUTO,
+    form: str | None = _key(
+        None,
         f"How a layer computes with B: {FORMS}. 'two_path': x W^T + (x P) B^T. 'folded': B P^T is added to W after"
-        " every applied step, so that forward is x W^T; less arithmetic, W is written at every step. 'auto': folded"
+        " every applied step, so that forward is x W^T; less arithmetic, W is written at every step. null: folded"
         " where that loses nothing and pays.",
     )
     tokens_per_step: int | None = _key(
         None,
-        "Tokens that a rank trains on in one optimizer step, for 'form': 'auto' alone; null: enough for it to fold.",
+        "Tokens that a rank trains on in one optimizer step, for the choice of 'form' alone; null: enough to fold.",
     )
     proximal: float = _key(0.0, "1/eta of the paper's subproblem: the gradient of B gains proximal * B.")
     targets: str | Sequence[str] = _key(
@@ -132,7 +132,8 @@ class RSOConfig:
         _choice("sampler", self.sampler, SAMPLERS)
         _choice("solver", self.solver, SOLVERS)
         _choice("carry_over", self.carry_over, CARRY_OVER_RULES)
-        _choice("form", self.form, FORMS)
+        if self.form is not None:
+            _choice("form", self.form, FORMS)
         _choice("merge_rounding", self.merge_rounding, MERGE_ROUNDINGS)
         _choice("master_weights", self.master_weights, MASTER_WEIGHTS)
         if self.master_weights != "none" and self.merge_rounding == "stochastic":
@@ -175,7 +176,7 @@ class RSOConfig:
         for key, value in params.items():
             if key not in known:
                 raise RSOConfigError(unknown_key(key, known, "the RSO optimizer"))
-            if isinstance(value, str) and value == AUTO and key != "form":  # whose "auto" rso_ds.form settles
+            if isinstance(value, str) and value == AUTO:
                 raise RSOConfigError(
                     f"'{key}': \"auto\" was not filled in: the program that reads this JSON (Hugging Face"
                     " Trainer, launch/train.py) does that; give a value otherwise."

@@ -1,4 +1,4 @@
-"""Which form of the forward pass a run takes when its configuration leaves the choice (``form: "auto"``).
+"""Which form of the forward pass a run takes when its configuration leaves the choice (``form`` null).
 
 Both forms take the same steps up to rounding (``rso_ds.boundary``). In operations of a rank and step, for a linear
 layer [out, in] with rank r and T tokens:
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from rso_ds.config import AUTO, RSOConfig
+from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
 
 
@@ -44,7 +44,7 @@ def choose_form(
     ``low_precision``: W is in bf16 or fp16; ``decays``: weight decay acts on it. ``merge_sends``: what each
     merge would send, and whereto, empty if nothing (``Shards.merge_sends``).
     """
-    if config.form != AUTO:
+    if config.form is not None:
         return config.form, "set in the configuration"
     if config.proximal or config.communicate != "every_step":
         key = "proximal" if config.proximal else "communicate"

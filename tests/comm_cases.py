@@ -65,7 +65,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         for stage in (0, 1, 2, 3):
             found[f"zero{stage}-folded"] = case("zero", "rso", stage, rso=folded)
         for stage in (2, 3):
-            found[f"zero{stage}-auto"] = case("zero", "rso", stage, rso={"rank_ratio": 0.25, "form": "auto"})
+            found[f"zero{stage}-choice"] = case("zero", "rso", stage, rso={"rank_ratio": 0.25, "form": None})
         found["fsdp2-folded"] = case("fsdp2", rso=folded)
         found["ddp-folded"] = case("ddp", rso=folded)
         found["zero2-bf16"] = case("zero", "rso", 2, json={"bf16": {"enabled": True}})
@@ -90,7 +90,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found["zero3-hpz-adamw"] = case("zero", "adamw", 3, zero=hpz)
         found["zero3-hpz-rso"] = case("zero", "rso", 3, zero=hpz)
         found["zero3-hpz-rso-gas2"] = case("zero", "rso", 3, zero=hpz, gas=2)
-        found["zero3-hpz-auto"] = case("zero", "rso", 3, zero=hpz, rso={"rank_ratio": 0.25, "form": "auto"})
+        found["zero3-hpz-choice"] = case("zero", "rso", 3, zero=hpz, rso={"rank_ratio": 0.25, "form": None})
         found["zero3-hpz-folded"] = case("zero", "rso", 3, zero=hpz, rso={"rank_ratio": 0.25, "form": "folded"})
         found["zero3-hpz-small"] = case("zero", "rso", 3, zero={"zero_hpz_partition_size": 2})
         found["zero3-hpz-checkpointing"] = case("zero", "rso", 3, zero=hpz, gas=2, checkpointing=True)

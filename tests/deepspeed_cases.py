@@ -16,7 +16,7 @@ ODD_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "
 TOKENS = {"targets": ["default", "embeddings", "head"]}
 ODD_VOCAB = {"vocab": 63}
 TIED = {"tie": True}
-FOLDED, AUTO = {"form": "folded"}, {"form": "auto"}
+FOLDED, CHOICE = {"form": "folded"}, {"form": None}
 
 RSO_DEFAULTS = {
     "lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "form": "two_path", "torch_adam": True,
@@ -99,7 +99,7 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         cases[f"{z}-folded-split_rows"] = case(stage, {**odd, **FOLDED, "carry_over": "project"}, intermediate=85)
         cases[f"{z}-folded-coordinate"] = case(stage, {**FOLDED, "sampler": "coordinate", "weight_decay": 0.1})
         cases[f"{z}-folded-tied"] = case(stage, {**FOLDED, **TOKENS}, model={**TIED, **ODD_VOCAB})
-        cases[f"{z}-auto"] = case(stage, AUTO)
+        cases[f"{z}-choice"] = case(stage, CHOICE)
     for stage in (1, 2, 3):
         # DeepSpeedCPUAdam takes its square roots in an approximate vector form.
         cases[f"zero{stage}-offload"] = case(
@@ -126,10 +126,10 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     cases["zero3-folded-init-checkpointing"] = case(3, FOLDED, zero_init=True, checkpointing="reentrant")
     cases["zero3-folded-persistent"] = case(3, FOLDED, zero={"stage3_param_persistence_threshold": 100000})
     cases["zero3-folded-hpz"] = case(3, FOLDED, zero={"zero_hpz_partition_size": 2})
-    cases["zero3-auto-uneven"] = case(3, AUTO, intermediate=85)
-    cases["zero3-auto-offload-param"] = case(
-        3, {**AUTO, "torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU}
+    cases["zero3-choice-uneven"] = case(3, CHOICE, intermediate=85)
+    cases["zero3-choice-offload-param"] = case(
+        3, {**CHOICE, "torch_adam": False}, {"offload_optimizer": CPU, "offload_param": CPU}
     )
-    cases["zero3-auto-hpz"] = case(3, AUTO, zero={"zero_hpz_partition_size": 2})
+    cases["zero3-choice-hpz"] = case(3, CHOICE, zero={"zero_hpz_partition_size": 2})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
     return copy.deepcopy(cases)

@@ -9,9 +9,9 @@ from reference import Result
 
 
 def as_run(spec: dict[str, Any], got: dict[str, Any]) -> dict[str, Any]:
-    """``spec`` with the form that ``got`` took, which it may choose with "auto" alone."""
+    """``spec`` with the form that ``got`` took, which it may choose if it was told none."""
     told = spec["rso"]["form"]
-    assert got["form"] in (("two_path", "folded") if told == "auto" else (told,))
+    assert got["form"] in (("two_path", "folded") if told is None else (told,))
     return {**spec, "rso": {**spec["rso"], "form": got["form"]}}
 
 

@@ -74,9 +74,9 @@ def test_the_form_is_chosen(results):
     """Folded in fp32, but where each merge would send something: W to secondary copies or to and from the CPU, B with
     rows cut unlike W's."""
     for stage in (0, 1, 2, 3):
-        assert results[f"zero{stage}-auto"]["form"] == "folded"
+        assert results[f"zero{stage}-choice"]["form"] == "folded"
     for why in ("uneven", "hpz", "offload-param"):
-        assert results[f"zero3-auto-{why}"]["form"] == "two_path"
+        assert results[f"zero3-choice-{why}"]["form"] == "two_path"
 
 
 def test_cases_are_what_they_claim(results):

@@ -36,6 +36,7 @@ def test_every_key_is_documented_with_its_default():
     defaults = {
         "rank": "null",
         "rank_ratio": "0.25",
+        "form": "null",
         "tokens_per_step": "null",
         "dense_lr": "null (= `lr`)",
         "betas": "[0.9, 0.999]",

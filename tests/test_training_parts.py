@@ -106,12 +106,11 @@ def test_precision_flag_overrides_the_json():
     assert fill(read_json(args), args, 1, 10, on_gpu=False)["bf16"]["enabled"] is True
 
 
-def test_the_form_may_be_left_to_rso_which_is_told_the_tokens_of_a_step():
-    flags = {"set": ["optimizer.params.form=auto"], "micro_batch": 4, "global_batch": 24, "seq_len": 128}
+def test_rso_is_told_the_tokens_of_a_step():
+    flags = {"micro_batch": 4, "global_batch": 24, "seq_len": 128}
     args = TrainArguments(deepspeed=str(ROOT / "ds_configs/rso.json"), **flags)
     params = fill(read_json(args), args, 2, 10, on_gpu=False)["optimizer"]["params"]
-    assert (params["form"], params["tokens_per_step"]) == ("auto", 4 * 3 * 128)
-    assert RSOConfig.from_dict(params).form == "auto"
+    assert params["tokens_per_step"] == 4 * 3 * 128
 
 
 @pytest.mark.parametrize(

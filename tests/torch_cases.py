@@ -7,7 +7,7 @@ from typing import Any
 STEPS, RANK, MICRO = 13, 5, 2
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "form": "two_path"}
 
-FOLDED, AUTO = {"form": "folded"}, {"form": "auto"}
+FOLDED, CHOICE = {"form": "folded"}, {"form": None}
 TOKENS = {"targets": ["default", "embeddings", "head"]}
 
 
@@ -78,7 +78,7 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
         cases[f"{engine}-folded-coordinate"] = case(engine, {**FOLDED, "sampler": "coordinate", "weight_decay": 0.1})
         cases[f"{engine}-folded-tied"] = case(engine, {**FOLDED, **TOKENS}, model={"vocab": 63, "tie": True})
         cases[f"{engine}-folded-checkpointing"] = case(engine, FOLDED, checkpointing="non_reentrant", evaluate=True)
-        cases[f"{engine}-auto"] = case(engine, AUTO)
+        cases[f"{engine}-choice"] = case(engine, CHOICE)
     cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
     cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
     cases["ddp-compressed-bf16"] = case("ddp", hook="bf16", tolerance=2e-3)
@@ -102,7 +102,7 @@ def four_rank_cases() -> dict[str, dict[str, Any]]:
     cases["hsdp-poisoned"] = case("hsdp", poisoned=(4, 5), steps=15)
     cases["hsdp-tied"] = case("hsdp", TOKENS, model={"vocab": 63, "tie": True})
     cases["hsdp-folded"] = case("hsdp", {**FOLDED, "sampler": "coordinate"}, intermediate=85)
-    cases["hsdp-auto"] = case("hsdp", AUTO)
+    cases["hsdp-choice"] = case("hsdp", CHOICE)
     cases["hsdp-local"] = case("hsdp", {"communicate": "boundary"}, steps=12)
     cases["ddp"] = case("ddp")
     return cases

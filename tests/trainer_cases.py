@@ -33,8 +33,7 @@ def lr_scale(steps: int = STEPS) -> list[float]:
 
 def deepspeed_json(stage: int, rso: dict[str, Any] | None = None, **zero: Any) -> dict[str, Any]:
     """A JSON as a user of Trainer writes it: "auto" wherever Trainer fills in."""
-    autos = dict.fromkeys(("lr", "weight_decay", "betas", "eps", "form"), "auto")
-    params = {**RSO_DEFAULTS, **autos, **(rso or {})}
+    params = {**RSO_DEFAULTS, "lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto", **(rso or {})}
     return {
         "optimizer": {"type": "RSO", "params": params},
         "train_micro_batch_size_per_gpu": "auto",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rso_ds.config import AUTO, RSOConfig
+from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
@@ -68,7 +68,7 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     layers: dict[str, SubspaceLayer] = {}
     replaced: dict[int, nn.Parameter] = {}
     originals: list[nn.Parameter] = []
-    form = "two_path" if config.form == AUTO else config.form  # B is 0: an engine that folds changes nothing
+    form = config.form or "two_path"  # until an engine chooses: B is 0, so that both are the same
     subspaces: dict[str, Subspace] = {}
     for members, rank in groups:
         subspace = _subspace(subspaces, members, shapes[members[0]][1], rank, config)
@@ -111,7 +111,7 @@ def check_conversion(layers: Mapping[str, SubspaceLayer], config: RSOConfig) -> 
             ("form", layer),
         ):
             wanted, found = getattr(config, key), getattr(owner, key)
-            if wanted is not None and wanted not in (found, AUTO):
+            if wanted is not None and wanted != found:
                 raise RSOConversionError(
                     f"layer '{name}' was converted with '{key}': {found!r}, the configuration says {wanted!r}:"
                     " convert the model with the configuration that it trains with."

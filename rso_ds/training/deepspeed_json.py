@@ -136,7 +136,7 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     if (not on_gpu or CUDA_HOME is None) and not offload and config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
         # DeepSpeed's fused Adam is compiled first: on a CPU for nothing, without a CUDA toolkit in vain.
         params.setdefault("torch_adam", True)
-    left = [at for at in _autos(config) if at != "optimizer.params.form"]  # which RSO settles itself
+    left = _autos(config)
     if left:
         raise RSOConfigError(f'--deepspeed {args.deepspeed}: no value is known for "auto" at {left[0]}.')
     return config
