@@ -8,9 +8,10 @@
 Every variant has two learning rates: that of what is trained in the matrices of the blocks, and that of the rest
 (embedding, head, norms) as a multiple of it. With the first seed both are searched on a grid of powers of 2, from the
 best of the budget next to this one or from ``--start``: the four neighbours are run, the best becomes the centre, until
-none is better by more than ``NOISE``. The best goes on with the other seeds. A seed decides the initial weights, the
-order of the data and P. Results are appended to RESULTS; what is there is not run again, so that an
-interrupted study goes on, and studies share runs. One thread a run, ``--jobs`` runs at a time. GaLore needs
+none is better by more than ``NOISE``. With ``--rest`` the rate of the rest is given, and only that in the matrices is
+searched. The best goes on with the other seeds. A seed decides the initial weights, the order of the data and P.
+Results are appended to RESULTS; what is there is not run again, so that an interrupted study goes on, and studies share
+runs. One thread a run, ``--jobs`` runs at a time. GaLore needs
 ``galore-torch``, APOLLO ``apollo-torch``, LoRA and ReLoRA ``peft``.
 """
 
@@ -120,8 +121,8 @@ class Data:
         count = min(held_out.count, HELD_OUT_TOKENS // SEQ_LEN)
         self.held_out = held_out.sequences(torch.arange(count).numpy())
 
-    def batch(self, step: int) -> Tensor:
-        return self.train.micro_batches(step, 1, 1, 0, BATCH)[0]
+    def batch(self, step: int, size: int) -> Tensor:
+        return self.train.micro_batches(step, 1, 1, 0, size)[0]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -149,7 +150,8 @@ def train(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
     torch.manual_seed(spec["seed"])
     data = Data(spec["data"], spec["vocab"], cache, spec["seed"])
     model = AutoModelForCausalLM.from_config(llama_config(spec["shape"], spec["vocab"], SEQ_LEN))
-    steps = max(8, round(spec["tokens"] / (BATCH * SEQ_LEN)))
+    batch = batch_of(spec)
+    steps = max(8, round(spec["tokens"] / (batch * SEQ_LEN)))
     method = build(spec, model, steps)
     trained = [p for p in method.model.parameters() if p.requires_grad]
     marks = {steps // 8, steps // 4, steps // 2, steps}
@@ -157,7 +159,7 @@ def train(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
     start = time.perf_counter()
     for step in range(steps):
         method.set_rates(step, schedule(step, steps))
-        ids = data.batch(step)
+        ids = data.batch(step, batch)
         loss = method.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
@@ -170,17 +172,23 @@ def train(spec: dict[str, Any], cache: Path) -> dict[str, Any]:
             break
         if step + 1 in marks:
             part = data.held_out if step + 1 == steps else data.held_out[: ON_THE_WAY // SEQ_LEN]
-            curve.append([(step + 1) * BATCH * SEQ_LEN, held_out_loss(method.model, part)])
-    complete = bool(curve) and curve[-1][0] == steps * BATCH * SEQ_LEN
+            curve.append([(step + 1) * batch * SEQ_LEN, held_out_loss(method.model, part)])
+    complete = bool(curve) and curve[-1][0] == steps * batch * SEQ_LEN
     return {
         **spec, "held_out_loss": curve[-1][1] if complete else None, "curve": curve, "steps": steps,
         "trained": sum(p.numel() for p in trained), "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
 
 
+def batch_of(spec: dict[str, Any]) -> int:
+    """Sequences in a step; a result says it where it is not the usual number."""
+    return int(spec.get("batch", BATCH))
+
+
 def key(spec: dict[str, Any]) -> str:
     options = {k: float(v) if k == "outside" else v for k, v in spec["options"].items()}
-    return json.dumps([options, *(spec[k] for k in ("lr", "seed", "tokens", "shape", "vocab", "data"))], sort_keys=True)
+    rest = [spec[k] for k in ("lr", "seed", "tokens", "shape", "vocab", "data")]
+    return json.dumps([options, batch_of(spec), *rest], sort_keys=True)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -194,6 +202,7 @@ class Study:
         self.cache: Path = args.cache
         self.seeds: int = args.seeds
         self.start: Rates = (args.start[0], args.start[1])
+        self.rest: float | None = args.rest
         self.pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
         self.done = read(self.results)
 
@@ -211,10 +220,10 @@ class Study:
 
     def search(self, variants: dict[str, dict[str, Any]], base: dict[str, Any]) -> None:
         """The two rates of each variant with the first seed, then the best of each with the others."""
-        best = {name: self._known_best(base, options) or self.start for name, options in variants.items()}
+        best = {name: self._begin(base, options) for name, options in variants.items()}
         moving = set(variants)
         for _ in range(MOVES):
-            stars = {name: [best[name], *neighbours(best[name])] for name in variants if name in moving}
+            stars = {name: [best[name], *self._neighbours(best[name])] for name in variants if name in moving}
             self.run(self._spec(base, variants[n], rates, SEEDS[0]) for n, star in stars.items() for rates in star)
             for name, star in stars.items():
                 losses = [self._loss(base, variants[name], rates) for rates in star]
@@ -226,11 +235,21 @@ class Study:
             print(f"not at their best after {MOVES} moves: {', '.join(sorted(moving))}", flush=True)
         self.run(self._spec(base, variants[n], r, seed) for n, r in best.items() for seed in SEEDS[: self.seeds])
 
+    def _begin(self, base: dict[str, Any], options: dict[str, Any]) -> Rates:
+        lr, outside = self._known_best(base, options) or self.start
+        return lr, outside if self.rest is None else self.rest / lr
+
+    def _neighbours(self, rates: Rates) -> list[Rates]:
+        lr, outside = rates
+        if self.rest is not None:
+            return [(lr / 2, outside * 2), (lr * 2, outside / 2)]
+        return [(lr / 2, outside), (lr * 2, outside), (lr, outside / 2), (lr, outside * 2)]
+
     def _known_best(self, base: dict[str, Any], options: dict[str, Any]) -> Rates | None:
         """The best rates of this variant at the budget next to this one, of those that have been run."""
         found: dict[int, tuple[float, Rates]] = {}
         for r in self.done.values():
-            alike = all(r[k] == base[k] for k in ("shape", "vocab", "data"))
+            alike = all(r[k] == base[k] for k in ("shape", "vocab", "data")) and batch_of(r) == batch_of(base)
             if alike and options_of(r) == options and r["seed"] == SEEDS[0] and r["held_out_loss"] is not None:
                 mine = (r["held_out_loss"], rates_of(r))
                 found[r["tokens"]] = min(found.get(r["tokens"], mine), mine)
@@ -247,11 +266,6 @@ class Study:
         return math.inf if result is None or result["held_out_loss"] is None else result["held_out_loss"]
 
 
-def neighbours(rates: Rates) -> list[Rates]:
-    lr, outside = rates
-    return [(lr / 2, outside), (lr * 2, outside), (lr, outside / 2), (lr, outside * 2)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -260,6 +274,8 @@ def main() -> None:
     run.add_argument("--variants", nargs="+", help="names of the study's variants; all if left out")
     run.add_argument("--seeds", type=int, default=len(SEEDS), help="1 is enough to choose what is worth the others")
     run.add_argument("--start", type=float, nargs=2, default=START, help="rate and multiple where searches begin")
+    run.add_argument("--rest", type=float, help="rate of embedding, head, norms: only the other is searched")
+    run.add_argument("--batch", type=int, default=BATCH, help=f"sequences of {SEQ_LEN} tokens in a step")
     run.add_argument("--data", required=True)
     run.add_argument("--shape", default="llama-9m")
     run.add_argument("--vocab", type=int, default=4096)
@@ -282,6 +298,8 @@ def main() -> None:
         study = Study(args)
         for ratio in args.tokens_per_parameter:
             base = {"shape": args.shape, "vocab": args.vocab, "data": args.data, "tokens": round(ratio * parameters)}
+            if args.batch != BATCH:
+                base["batch"] = args.batch
             for name in args.studies:
                 study.search({v: o for v, o in STUDIES[name].items() if v in (args.variants or known)}, base)
     names: dict[str, str] = {}  # several studies contain the defaults: the first names them

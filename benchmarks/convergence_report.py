@@ -34,11 +34,13 @@ class Variant:
         return {outside: x for (lr, outside), x in self.by_rates.items() if lr == self.best[0] and x is not None}
 
 
-def variants(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dict[tuple[str, str, int], list[Variant]]:
-    """(shape, data, tokens) -> variants, in the order in which they were run. ``names``: options as JSON -> name."""
-    found: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = {}
+def variants(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> dict[str, list[Variant]]:
+    """Shape, data, tokens and, where it is not the usual one, batch -> variants, in the order in which they were run.
+    ``names``: options as JSON -> name."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for r in results:
-        place = (r["shape"], Path(r["data"]).name, r["tokens"])
+        batch = f", {r['batch']} sequences a step" if "batch" in r else ""
+        place = f"{r['shape']}, {Path(r['data']).name}, {r['tokens']:,} tokens{batch}"
         found.setdefault(place, {}).setdefault(json.dumps(options_of(r), sort_keys=True), []).append(r)
     return {
         place: [_variant(names.get(options, options), runs) for options, runs in by_options.items()]
@@ -71,8 +73,8 @@ def _variant(name: str, runs: list[dict[str, Any]]) -> Variant:
 def table(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> str:
     """Mean and standard deviation over the seeds at the best rates (of the first seed), and the loss around them."""
     lines = []
-    for (shape, data, tokens), found in variants(results, names).items():
-        lines += [f"\n{shape}, {data}, {tokens:,} tokens\n"]
+    for place, found in variants(results, names).items():
+        lines += [f"\n{place}\n"]
         lines += ["| | held-out loss | rate | outside | trained | by rate | by multiple outside |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for v in found:
@@ -91,7 +93,7 @@ def picture(results: Iterable[dict[str, Any]], names: Mapping[str, str], out: Pa
     budgets = variants(results, names)
     figure = Figure(figsize=(13, 4.5 * len(budgets)), layout="constrained")
     panels = figure.subplots(len(budgets), 2, squeeze=False)
-    for (by_rate, by_size), ((shape, data, tokens), found) in zip(panels, budgets.items(), strict=True):
+    for (by_rate, by_size), (place, found) in zip(panels, budgets.items(), strict=True):
         for v in (v for v in found if v.losses and v.name.startswith("methods: ")):
             name = v.name.removeprefix("methods: ")
             by_rate.plot(list(v.by_rate), list(v.by_rate.values()), marker="o", markersize=3, label=name)
@@ -102,6 +104,6 @@ def picture(results: Iterable[dict[str, Any]], names: Mapping[str, str], out: Pa
             xscale="log", ylim=(low - 0.05, low + 0.8), xlabel="learning rate", ylabel="held-out loss, first seed"
         )
         by_size.set(xlabel="trained parameters, millions", ylabel="held-out loss, mean over seeds")
-        by_rate.set_title(f"{shape}, {data}, {tokens:,} tokens")
+        by_rate.set_title(place)
         by_size.legend(fontsize=7)
     figure.savefig(out)

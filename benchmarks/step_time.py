@@ -1,7 +1,7 @@
 """Time of a whole training step: AdamW, LoRA, GaLore, APOLLO and RSO in each form, by turns in the same processes.
 
     torchrun --nproc-per-node 2 benchmarks/step_time.py --model llama-35m --engine zero2 --json step.json
-    torchrun --nproc-per-node 2 benchmarks/step_time.py --engine ddp --methods AdamW "GaLore h/4" "RSO folded haar h/4"
+    torchrun --nproc-per-node 2 benchmarks/step_time.py --engine ddp --methods AdamW GaLore "RSO folded haar"
 
 A step is forward, backward, exchange and optimizer; RSO's boundaries fall where they fall (``--interval``). Each method
 takes ``--steps`` steps in a round, and another one goes first in each. GaLore and APOLLO work on matrices and run under
@@ -37,11 +37,11 @@ CUDA = torch.cuda.is_available()
 # Name -> (kind, options).
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("adamw", {}),
-    "LoRA h/4": ("lora", {}),
-    "GaLore h/4": ("galore", {}),
-    "APOLLO h/4": ("apollo", {}),
+    "LoRA": ("lora", {}),
+    "GaLore": ("galore", {}),
+    "APOLLO": ("apollo", {}),
     **{
-        f"RSO {form.replace('_', '-')} {sampler} h/4": ("rso", {"form": form, "sampler": sampler})
+        f"RSO {form.replace('_', '-')} {sampler}": ("rso", {"form": form, "sampler": sampler})
         for form in ("two_path", "folded")
         for sampler in ("haar", "coordinate")
     },
@@ -56,11 +56,13 @@ class Method:
         kind, options = METHODS[name]
         torch.manual_seed(0)
         shape = llama_config(args.model, args.vocab)
+        if args.layers:
+            shape.num_hidden_layers = args.layers
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype).to(device).train()
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        rank = shape.hidden_size // 4
+        rank = max(1, round(args.rank_ratio * shape.hidden_size))
         config = rso_ds.RSOConfig(lr=LR, rank=rank, interval=args.interval, torch_adam=not CUDA, **options)
         if kind == "lora":
             model = lora(model, rank)
@@ -218,6 +220,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4, help="sequences a rank and step")
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rank-ratio", type=float, default=0.25, help="rank / hidden size, of all that have one")
+    parser.add_argument("--layers", type=int, help="blocks, if not as many as the model has")
     parser.add_argument("--interval", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="steps of a method in a round")
