@@ -24,3 +24,8 @@ def run_cases(cases: Mapping[str, Any], run: Callable[[Any], dict[str, Any]], pa
         if dist.get_rank() == 0:
             torch.save(results, path)
     dist.barrier()
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

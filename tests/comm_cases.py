@@ -68,6 +68,12 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
             found[f"zero{stage}-choice"] = case("zero", "rso", stage, rso={"rank_ratio": 0.25, "form": None})
         found["fsdp2-folded"] = case("fsdp2", rso=folded)
         found["ddp-folded"] = case("ddp", rso=folded)
+        # Buckets as small, next to the model, as usual ones are next to a large model: sent while backward goes on.
+        buckets = {"reduce_bucket_size": 20_000, "overlap_comm": True}
+        for stage in (2, 3):
+            found[f"zero{stage}-overlap"] = case("zero", "rso", stage, zero=buckets, blocks=4)
+        found["ddp-overlap"] = case("ddp", rso={"rank_ratio": 0.5}, blocks=4)
+        found["fsdp2-overlap"] = case("fsdp2", blocks=4)
         found["zero2-bf16"] = case("zero", "rso", 2, json={"bf16": {"enabled": True}})
         found["zero2-comm-bf16"] = case("zero", "rso", 2, json={"communication_data_type": "bf16"})
         zero = {"stage3_param_persistence_threshold": 0}

@@ -35,9 +35,11 @@ def case(
     zero_init: bool = False,
     checkpointing: str | None = None,
     model: dict[str, Any] | None = None,
+    compiled: bool = False,
     **extra: Any,
 ) -> dict[str, Any]:
-    """``model``: arguments of ``tiny_llama.build``; ``extra`` holds further top-level keys of the DeepSpeed JSON."""
+    """``model``: arguments of ``tiny_llama.build``; ``compiled``: by ``engine.compile``; ``extra`` holds further
+    top-level keys of the DeepSpeed JSON."""
     return {
         "stage": stage,
         "rso": {**RSO_DEFAULTS, **(rso or {})},
@@ -47,6 +49,7 @@ def case(
         "zero_init": zero_init,
         "checkpointing": checkpointing,
         "model": model or {},
+        "compiled": compiled,
         "tolerance": tolerance,
         "json": {
             "train_micro_batch_size_per_gpu": MICRO,
@@ -68,6 +71,7 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         z = f"zero{stage}"
         cases[z] = case(stage)
         cases[f"{z}-gas2"] = case(stage, gas=2)
+        cases[f"{z}-compiled"] = case(stage, CHOICE, compiled=True)
         cases[f"{z}-clip"] = case(stage, clip=0.3)
         cases[f"{z}-uneven"] = case(stage, intermediate=85)
         odd = {"targets": ODD_TARGETS}

@@ -49,3 +49,11 @@ def test_between_nodes_hpz_sends_w_once_an_interval(results):
     trained = results[4, "zero3-hpz-rso"]["measured"]["gradient"] / 4
     w_of_two_blocks = 2 * (4 * 128 * 128 + 3 * 128 * 352)
     assert rso["weights"] == trained + w_of_two_blocks / INTERVAL  # 4 bytes / 4 ranks an element
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp", "fsdp2"])
+def test_gradients_of_later_blocks_are_sent_while_earlier_ones_are_in_backward(results, engine):
+    """Bytes on their way when backward has come to the input of the first of four blocks."""
+    sent = results[2, f"{engine}-overlap"]["during_backward"]
+    print(engine, sent)
+    assert 0.4 * sent["in_all"] < sent["by_then"] < sent["in_all"]

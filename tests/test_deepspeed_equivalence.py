@@ -79,6 +79,14 @@ def test_the_form_is_chosen(results):
         assert results[f"zero3-choice-{why}"]["form"] == "two_path"
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_boundaries_compile_nothing(results, stage):
+    """(Stage 3's own hooks are compiled again with every module that they meet.)"""
+    graphs = results[f"zero{stage}-compiled"]["graphs"]
+    assert 0 < graphs[2] == graphs[-1]
+    assert results[f"zero{stage}"]["graphs"][-1] == 0
+
+
 def test_cases_are_what_they_claim(results):
     """The table above proves nothing if rows are never split, or another optimizer ran."""
     assert all(results[f"zero{stage}-split_rows"]["cut_rows"] > 0 for stage in (1, 2, 3))

@@ -82,6 +82,13 @@ def test_observed_norms_equal_the_reference(results, world, name):
     check_observed(got["observed"], reference(as_run(spec, got), world), spec["rso"], 1e-3)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_boundaries_compile_nothing(results, engine):
+    graphs = results[2, f"{engine}-compiled"]["graphs"]
+    assert 0 < graphs[2] == graphs[-1]
+    assert results[2, engine]["graphs"][-1] == 0
+
+
 @pytest.mark.parametrize(("world", "name"), [(2, "ddp-choice"), (2, "fsdp2-choice"), (4, "hsdp-choice")])
 def test_fp32_weights_that_need_no_exchange_are_folded(results, world, name):
     assert results[world, name]["form"] == "folded"

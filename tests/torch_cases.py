@@ -27,11 +27,13 @@ def case(
     steps: int = STEPS,
     model: dict[str, Any] | None = None,
     poisoned: tuple[int, ...] = (),
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """``model``: arguments of ``tiny_llama.build``; ``evaluate``: a forward pass without backward between backward
     and step; ``tolerance``: of losses, and of weights unless ``weight_tolerance`` is given; ``poisoned``: steps in
     which the loss of rank 1 is infinite; ``reshard``: FSDP2's ``reshard_after_forward``; ``hook``: DDP
-    communication hook. Cases of local steps end at a boundary, where the reference has one model."""
+    communication hook; ``compiled``: each block by torch.compile. Cases of local steps end at a boundary, where the
+    reference has one model."""
     return {
         "engine": engine,
         "rso": {**RSO_DEFAULTS, **(rso or {})},
@@ -48,6 +50,7 @@ def case(
         "steps": steps,
         "model": model or {},
         "poisoned": poisoned,
+        "compiled": compiled,
     }
 
 
@@ -56,6 +59,7 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
     for engine in ("ddp", "fsdp2"):
         cases[engine] = case(engine)
         cases[f"{engine}-gas2"] = case(engine, gas=2)
+        cases[f"{engine}-compiled"] = case(engine, rso=CHOICE, compiled=True)
         cases[f"{engine}-clip"] = case(engine, clip=0.3)
         cases[f"{engine}-uneven"] = case(engine, intermediate=85)
         cases[f"{engine}-project-uneven"] = case(engine, {"carry_over": "project"}, intermediate=85)

@@ -99,6 +99,24 @@ def predicted(spec, model):
     return totals
 
 
+@contextlib.contextmanager
+def watched(traffic, model):
+    """Yields a dict: gradient bytes handed over when backward has reached the input of the first block ("by_then"),
+    and when it has ended ("in_all")."""
+    found, start = {}, traffic.total("gradient")
+
+    def reached(_):
+        found["by_then"] = traffic.total("gradient") - start
+
+    def look(block, args):
+        args[0].register_hook(reached)
+
+    handle = model.model.layers[0].register_forward_pre_hook(look)
+    yield found
+    handle.remove()
+    found["in_all"] = traffic.total("gradient") - start
+
+
 def run(spec):
     model = build(spec)
     expected = predicted(spec, build(spec))
@@ -110,19 +128,25 @@ def run(spec):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     traffic = engine.traffic
     generator = torch.Generator().manual_seed(dist.get_rank())
-    marks = []
-    for _ in range(STEPS + INTERVAL):
-        marks.append((traffic.by_kind(), traffic.by_kind("inter-node")))
+
+    def step():
         for _ in range(spec["gas"]):
             ids = torch.randint(0, spec["vocab"], (1, 16), generator=generator)
             engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
             engine.step()
+
+    marks = []
+    for _ in range(STEPS + INTERVAL):
+        marks.append((traffic.by_kind(), traffic.by_kind("inter-node")))
+        step()
     # The first interval warms up: buckets are rebuilt, PowerSGD is dense, ZeRO-3 traces.
     measured = {k: (traffic.total(k) - marks[INTERVAL][0][k]) / STEPS for k in expected}
     crossing = {k: (traffic.total(k, "inter-node") - marks[INTERVAL][1][k]) / STEPS for k in expected}
+    with watched(traffic, model) as during:
+        step()
     with contextlib.suppress(Exception):
         engine.destroy()
-    return {"measured": measured, "predicted": expected, "inter_node": crossing}
+    return {"measured": measured, "predicted": expected, "inter_node": crossing, "during_backward": during}
 
 
 os.environ["RSO_DS_NODE"] = f"node{int(os.environ['RANK']) * 2 // int(os.environ['WORLD_SIZE'])}"

@@ -8,7 +8,7 @@ import deepspeed
 import tiny_llama
 import torch
 import torch.distributed as dist
-from case_runner import run_cases
+from case_runner import compiled_graphs, run_cases
 from deepspeed_cases import MICRO, STEPS, fp32_cases
 
 import rso_ds
@@ -36,8 +36,12 @@ def run(spec):
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
     engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
+    if spec["compiled"]:
+        torch._dynamo.reset()  # graphs of other cases would do
+        engine.compile(backend="aot_eager")
     engine.train()
     losses, lrs, observed, observer = [], [], [], Observer(engine.rso)
+    graphs, graphs_before = [], compiled_graphs()
     sent_before = engine.traffic.total("gradient")  # the counter is the process's, not the engine's
     for step in range(STEPS):
         ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
@@ -51,12 +55,14 @@ def run(spec):
             total += loss.item() / spec["gas"]
         losses.append(total)
         observed.append(observer.record())
+        graphs.append(compiled_graphs() - graphs_before)
     mean = torch.tensor(losses)
     dist.all_reduce(mean)
     result = {
         "losses": (mean / world).tolist(),
         "lrs": lrs,
         "observed": observed,
+        "graphs": graphs,
         "form": engine.rso.config.form,
         "draw": engine.rso.draw,
         "applied": engine.rso.applied_steps,

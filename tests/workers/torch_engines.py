@@ -7,7 +7,7 @@ from pathlib import Path
 import tiny_llama
 import torch
 import torch.distributed as dist
-from case_runner import run_cases
+from case_runner import compiled_graphs, run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -54,11 +54,16 @@ def run(spec):
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
     rso_ds.convert(model, config)
+    if spec["compiled"]:
+        torch._dynamo.reset()  # graphs of other cases would do
+        for block in model.model.layers:
+            block.compile(backend="aot_eager")
     bare = model
     model, extra = wrap(model, spec)
     optimizer = rso_ds.RSO(model, config, **extra)
     model.train()
     losses, traffic = [], install()
+    graphs, graphs_before = [], compiled_graphs()
     observed, observer = [], Observer(optimizer.boundary)
     before = {kind: traffic.total(kind) for kind in ("gradient", "weights", "boundary")}
     for step in range(spec["steps"]):
@@ -84,11 +89,13 @@ def run(spec):
         optimizer.step()
         losses.append(total)
         observed.append(observer.record())
+        graphs.append(compiled_graphs() - graphs_before)
     mean = torch.tensor(losses)
     dist.all_reduce(mean)
     return {
         "losses": (mean / world).tolist(),
         "observed": observed,
+        "graphs": graphs,
         "form": optimizer.boundary.config.form,
         "draw": optimizer.boundary.draw,
         "applied": optimizer.boundary.applied_steps,
