@@ -75,8 +75,12 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for rule in RULES
         for interval in (10, 50)
     },
-    "interval": {f"interval {n}": _rso(interval=n) for n in (1, 2, 5, 10, 50, 200)},
-    "rank": {f"h/{n}": _rso(rank_ratio=1 / n) for n in (2, 4, 8, 16)},
+    "interval": {f"interval {n}": _rso(interval=n) for n in (1, 2, 5, 10, 20, 50, 200)},
+    "rank": {
+        **{f"h/{n}": _rso(rank_ratio=1 / n) for n in (2, 4, 8, 16)},
+        # The down projection's input is 2.75 times the hidden size, and r otherwise a part of the smaller side.
+        "in/4": _rso(rank_of="input"),
+    },
     "sampler": {
         f"{sampler}, h/{n}": _rso(sampler=sampler, rank_ratio=1 / n)
         for sampler in ("haar", "gaussian", "coordinate")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from trial_rules import Trial, subspace_groups
+from trial_rules import Trial, rank_of_input, subspace_groups
 
 import rso_ds
 
@@ -74,13 +75,14 @@ class _Both:
 
 
 def _rso(model: PreTrainedModel, options: dict[str, Any], lr: float, outside: float, seed: int, steps: int) -> Method:
-    rule = options.pop("trial", None)
+    rule, rank_of = options.pop("trial", None), options.pop("rank_of", "smaller")
     told = {key: options.pop(key) for key in ("part", "mu") if key in options}
     # What is saved for backward changes no number; a trial may watch the inputs of every layer.
     config = rso_ds.RSOConfig(
         lr=lr, dense_lr=lr * outside, seed=seed, lean="all" if rule is None else "none", **options
     )
-    rso_ds.convert(model, config)
+    with rank_of_input() if rank_of == "input" else nullcontext():
+        rso_ds.convert(model, config)
     optimizer = rso_ds.RSO(model, config)
     result = Method(model, optimizer)
     if rule is not None:

@@ -6,7 +6,9 @@ a trial that it wins over several seeds (docs/convergence.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -206,6 +208,18 @@ def _lifted(subspace: Subspace, seen: dict[str, Tensor]) -> Tensor | None:
     if "of z" not in seen or subspace.P is None:
         return None
     return subspace.P @ torch.linalg.eigh(seen["of z"]).eigenvectors[:, -(subspace.rank // 2) :]
+
+
+@contextmanager
+def rank_of_input() -> Iterator[None]:
+    """``rank_ratio`` is that of a layer's input size, and not of its smaller side."""
+
+    def rank(members: list[str], shapes: dict[str, tuple[int, int]], config: rso_ds.RSOConfig) -> int:
+        assert config.rank_ratio is not None
+        return int(config.rank_ratio * shapes[members[0]][1])
+
+    with patch("rso_ds.layers.convert._rank", rank):
+        yield
 
 
 def subspace_groups(optimizer: rso_ds.RSO) -> list[bool]:
