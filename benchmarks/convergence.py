@@ -4,6 +4,7 @@
         --results convergence.jsonl --jobs 2
     python benchmarks/convergence.py table convergence.jsonl
     python benchmarks/convergence.py picture convergence.jsonl convergence.svg
+    python benchmarks/convergence.py frontier convergence.jsonl frontier.svg
 
 Every variant has two learning rates: that of what is trained in the matrices of the blocks, and that of the rest
 (embedding, head, norms) as a multiple of it. With the first seed both are searched on a grid of powers of 2, from the
@@ -28,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from convergence_memory import held
 from convergence_methods import build
-from convergence_report import options_of, picture, rates_of, table
+from convergence_report import frontier, options_of, picture, rates_of, table, variants
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -97,7 +99,10 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         **{f"main directions, {part:g}": _rso(trial="main_directions", part=part) for part in (0.25, 0.5, 0.75)},
         "main directions, 0.5, project": _rso(trial="main_directions", part=0.5, carry_over="project"),
         "polar": _rso(trial="polar"),
+        **{f"polar, interval {n}": _rso(trial="polar", interval=n) for n in (20, 50)},
         "polar, interval 5": _rso(trial="polar", interval=5, mu=0.8),
+        "polar, coordinate": _rso(trial="polar", sampler="coordinate"),
+        "polar, h/16": _rso(trial="polar", rank_ratio=1 / 16),
         "inner warm up, interval 50": _rso(trial="inner_warm_up", interval=50),
         "sweep, coordinate": _rso(trial="sweep", sampler="coordinate"),
         "important, coordinate": _rso(trial="important", sampler="coordinate"),
@@ -292,6 +297,9 @@ def main() -> None:
     drawn = commands.add_parser("picture", help="loss by rate, and loss by trained parameters, of the largest budget")
     drawn.add_argument("results", type=Path)
     drawn.add_argument("out", type=Path)
+    edge = commands.add_parser("frontier", help="loss of the largest budget against memory, of what has several seeds")
+    edge.add_argument("results", type=Path)
+    edge.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.command == "run":
         known = {variant for name in args.studies for variant in STUDIES[name]}
@@ -313,6 +321,15 @@ def main() -> None:
     results = list(read(args.results).values())
     if args.command == "picture":
         picture(results, names, args.out)
+    elif args.command == "frontier":
+        usual = [r for r in results if "batch" not in r]
+        largest = [r for r in usual if r["tokens"] == max(r["tokens"] for r in usual)]
+        ((place, found),) = variants(largest, names).items()
+        chosen = [v for v in found if len(v.losses) > 1 and "trial" not in v.options]
+        measured = [
+            (v, held({**largest[0], "options": v.options, "lr": 1e-3, "seed": 0}, BATCH, SEQ_LEN)) for v in chosen
+        ]
+        print(frontier(measured, place, args.out))
     else:
         print(table(results, names))
 

@@ -18,6 +18,7 @@ class Variant:
     ``losses``: of all seeds at the best."""
 
     name: str
+    options: dict[str, Any]
     trained: int
     best: tuple[float, float]
     by_rates: dict[tuple[float, float], float | None]
@@ -67,7 +68,7 @@ def _variant(name: str, runs: list[dict[str, Any]]) -> Variant:
     chosen = [rates for rates in first if seeds[rates] == most]
     best = min(chosen, key=lambda rates: math.inf if first[rates] is None else first[rates])
     losses = [r["held_out_loss"] for r in runs if rates_of(r) == best and r["held_out_loss"] is not None]
-    return Variant(name, runs[0]["trained"], best, dict(sorted(first.items())), losses)
+    return Variant(name, options_of(runs[0]), runs[0]["trained"], best, dict(sorted(first.items())), losses)
 
 
 def table(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> str:
@@ -107,3 +108,25 @@ def picture(results: Iterable[dict[str, Any]], names: Mapping[str, str], out: Pa
         by_rate.set_title(place)
         by_size.legend(fontsize=7)
     figure.savefig(out)
+
+
+def frontier(found: list[tuple[Variant, dict[str, int]]], title: str, out: Path) -> str:
+    """Loss against what a method holds; ``found``: each with its bytes ("states", "kept"). Returns the table."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    lines = ["| | held-out loss | states, MB | kept for backward, MB |", "|---|---|---|---|"]
+    for v, held in sorted(found, key=lambda pair: mean(pair[0].losses)):
+        spread = stdev(v.losses) if len(v.losses) > 1 else 0.0
+        name = v.name.partition(": ")[2] or v.name
+        for panel, size in zip(panels, (held["states"], held["states"] + held["kept"]), strict=True):
+            panel.errorbar(size / 1e6, mean(v.losses), yerr=spread, fmt="o", markersize=4, label=name)
+            panel.annotate(name, (size / 1e6, mean(v.losses)), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        lines.append(f"| {name} | {mean(v.losses):.3f} ± {spread:.3f} ({len(v.losses)}) | {held['states'] / 1e6:.1f} |")
+        lines[-1] += f" {held['kept'] / 1e6:.1f} |"
+    panels[0].set(xlabel="weights, gradients, optimizer state, P, MB", ylabel="held-out loss")
+    panels[1].set(xlabel="the same and what is kept for backward, MB")
+    figure.suptitle(title)
+    figure.savefig(out)
+    return "\n".join(lines)
