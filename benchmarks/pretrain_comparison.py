@@ -28,6 +28,8 @@ def train(run: str, output: Path, ranks: int, flags: list[str]) -> None:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "launch/train.py"]
     command += ["--deepspeed", f"ds_configs/{name}.json", "--learning-rate", lr, "--output", str(output)]
     command += ["--save-interval", "0", "--sample-tokens", "0", *flags]
+    if name.startswith("rso"):  # one rate for all, as AdamW has
+        command += ["--set", "optimizer.params.dense_lr=null"]
     print(" ".join(command), flush=True)
     with open(output / "log.txt", "w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)

@@ -114,6 +114,32 @@ def test_rso_is_told_the_tokens_of_a_step():
 
 
 @pytest.mark.parametrize(
+    ("flags", "lr", "dense_lr"),
+    [
+        ({}, 4e-3, 1.6e-2),
+        ({"learning_rate": 1e-3}, 1e-3, 4e-3),
+        ({"set": ["optimizer.params.dense_lr=0.5"]}, 4e-3, 0.5),
+        ({"set": ["optimizer.params.dense_lr=null"]}, 4e-3, None),
+        ({"model": "gpt2"}, 4e-3, None),  # may have weights, which a high rate would spoil
+        ({"model": "gpt2", "init": "random"}, 4e-3, 1.6e-2),
+    ],
+)
+def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
+    args = TrainArguments(deepspeed=str(ROOT / "ds_configs/rso.json"), **flags)
+    params = fill(read_json(args), args, 2, 10, on_gpu=False)["optimizer"]["params"]
+    assert (params["lr"], params.get("dense_lr")) == (lr, dense_lr)
+
+
+def test_a_rate_in_the_json_is_left_alone(tmp_path):
+    config = json.loads((ROOT / "ds_configs/rso.json").read_text())
+    config["optimizer"]["params"]["lr"] = 1e-3
+    (tmp_path / "rso.json").write_text(json.dumps(config))
+    args = TrainArguments(deepspeed=str(tmp_path / "rso.json"))
+    params = fill(read_json(args), args, 2, 10, on_gpu=False)["optimizer"]["params"]
+    assert (params["lr"], params.get("dense_lr")) == (1e-3, None)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"global_batch": 30, "micro_batch": 4}, "--global-batch 30 is not micro batch 4 x ranks 2 x accumulation 3"),

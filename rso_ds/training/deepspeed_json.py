@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from rso_ds.config import AUTO
 from rso_ds.errors import RSOConfigError
+from rso_ds.models import LLAMA_SHAPES
 from rso_ds.training.arguments import TrainArguments
 
 # With interval 10 and a first moment that restarts at 0 the mean step is 0.41 of AdamW's (docs/algorithm.md);
 # docs/results.md has the sweep.
 _DEFAULT_LR = {"RSO": 4e-3}
+_DENSE_LR = 4.0  # times lr, where a model begins with random weights (docs/convergence.md)
 _MICRO_BATCH, _GLOBAL_BATCH = 16, 32
 
 
@@ -39,6 +42,9 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
             raise RSOConfigError(f"--deepspeed {path}: '{block}' must be a block {{...}}, got {config[block]!r}.")
     if not isinstance(config["optimizer"].setdefault("params", {}), dict):
         raise RSOConfigError(f"--deepspeed {path}: 'params' of the optimizer must be a block {{...}}.")
+    params = config["optimizer"]["params"]
+    if config["optimizer"]["type"] == "RSO" and params.get("lr") == AUTO and _begins_random(args):
+        params.setdefault("dense_lr", AUTO)
     for item in args.set:
         key, equals, value = item.partition("=")
         if not equals or not key:
@@ -52,6 +58,10 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
         if flag is not None:
             _put(config, key, flag)
     return config
+
+
+def _begins_random(args: TrainArguments) -> bool:
+    return args.init == "random" or args.model in LLAMA_SHAPES
 
 
 def batch_sizes(config: dict[str, Any], args: TrainArguments, world_size: int) -> tuple[int, int]:
@@ -108,6 +118,7 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     warmup = max(2, round(args.warmup * steps))
     params = config["optimizer"]["params"]
     _fill(params, "lr", _DEFAULT_LR.get(config["optimizer"]["type"], 1e-3))
+    _fill(params, "dense_lr", _DENSE_LR * params["lr"])
     _fill(params, "weight_decay", 0.0)
     _fill(params, "betas", [0.9, 0.999])
     _fill(params, "eps", 1e-8)
