@@ -26,8 +26,12 @@ class Variant:
 
     @property
     def by_rate(self) -> dict[float, float]:
-        """Loss at the best multiple."""
-        return {lr: x for (lr, outside), x in self.by_rates.items() if outside == self.best[1] and x is not None}
+        """Loss at the best multiple of those that were run with the rate."""
+        found: dict[float, float] = {}
+        for (lr, _), x in self.by_rates.items():
+            if x is not None:
+                found[lr] = min(x, found.get(lr, x))
+        return found
 
     @property
     def by_multiple(self) -> dict[float, float]:
@@ -120,11 +124,15 @@ def frontier(found: list[tuple[Variant, dict[str, int]]], title: str, out: Path)
     for v, held in sorted(found, key=lambda pair: mean(pair[0].losses)):
         spread = stdev(v.losses) if len(v.losses) > 1 else 0.0
         name = v.name.partition(": ")[2] or v.name
+        if v.options["method"] == "rso" and not name.startswith("RSO"):
+            name = f"RSO, {name}"
         for panel, size in zip(panels, (held["states"], held["states"] + held["kept"]), strict=True):
             panel.errorbar(size / 1e6, mean(v.losses), yerr=spread, fmt="o", markersize=4, label=name)
             panel.annotate(name, (size / 1e6, mean(v.losses)), xytext=(4, 4), textcoords="offset points", fontsize=7)
         lines.append(f"| {name} | {mean(v.losses):.3f} ± {spread:.3f} ({len(v.losses)}) | {held['states'] / 1e6:.1f} |")
         lines[-1] += f" {held['kept'] / 1e6:.1f} |"
+    for panel in panels:
+        panel.margins(x=0.2)
     panels[0].set(xlabel="weights, gradients, optimizer state, P, MB", ylabel="held-out loss")
     panels[1].set(xlabel="the same and what is kept for backward, MB")
     figure.suptitle(title)
