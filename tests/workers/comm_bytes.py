@@ -109,7 +109,8 @@ def watched(traffic, model):
         found["by_then"] = traffic.total("gradient") - start
 
     def look(block, args):
-        args[0].register_hook(reached)
+        if args[0].requires_grad:  # LoRA's embedding is frozen
+            args[0].register_hook(reached)
 
     handle = model.model.layers[0].register_forward_pre_hook(look)
     yield found
