@@ -77,7 +77,7 @@ def picture(results: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 7), layout="constrained")
-    panels = figure.subplots(2, len(GROWTH))
+    panels = figure.subplots(2, len(GROWTH), squeeze=False)
     for (above, below), grows in zip(panels.T, GROWTH, strict=True):
         rows = [r for r in read(results) if r["grows"] == grows]
         for i, name in enumerate(METHODS):
