@@ -310,7 +310,7 @@ def main() -> None:
         study = Study(args)
         for ratio in args.tokens_per_parameter:
             base = {"shape": args.shape, "vocab": args.vocab, "data": args.data, "tokens": round(ratio * parameters)}
-            if args.batch != BATCH:
+            if args.batch != BATCH:  # results of the usual batch do not name it
                 base["batch"] = args.batch
             for name in args.studies:
                 study.search({v: o for v, o in STUDIES[name].items() if v in (args.variants or known)}, base)
@@ -324,12 +324,15 @@ def main() -> None:
     elif args.command == "frontier":
         usual = [r for r in results if "batch" not in r]
         largest = [r for r in usual if r["tokens"] == max(r["tokens"] for r in usual)]
-        ((place, found),) = variants(largest, names).items()
-        chosen = [v for v in found if len(v.losses) > 1 and "trial" not in v.options]
-        measured = [
-            (v, held({**largest[0], "options": v.options, "lr": 1e-3, "seed": 0}, BATCH, SEQ_LEN)) for v in chosen
-        ]
-        print(frontier(measured, place, args.out))
+        chosen = {
+            place: [v for v in found if len(v.losses) > 1 and "trial" not in v.options]
+            for place, found in variants(largest, names).items()
+        }
+        measured = {
+            place: [(v, held({**largest[0], "options": v.options}, BATCH, SEQ_LEN)) for v in found]
+            for place, found in chosen.items()
+        }
+        print(frontier(measured, args.out))
     else:
         print(table(results, names))
 

@@ -114,27 +114,31 @@ def picture(results: Iterable[dict[str, Any]], names: Mapping[str, str], out: Pa
     figure.savefig(out)
 
 
-def frontier(found: list[tuple[Variant, dict[str, int]]], title: str, out: Path) -> str:
-    """Loss against what a method holds; ``found``: each with its bytes ("states", "kept"). Returns the table."""
+def frontier(found: Mapping[str, list[tuple[Variant, dict[str, int]]]], out: Path) -> str:
+    """Loss against what a method holds. ``found``: for each place, variants with their bytes ("states", "kept").
+    Returns the tables."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    lines = ["| | held-out loss | states, MB | kept for backward, MB |", "|---|---|---|---|"]
-    for v, held in sorted(found, key=lambda pair: mean(pair[0].losses)):
-        spread = stdev(v.losses) if len(v.losses) > 1 else 0.0
-        name = v.name.partition(": ")[2] or v.name
-        if v.options["method"] == "rso" and not name.startswith("RSO"):
-            name = f"RSO, {name}"
-        for panel, size in zip(panels, (held["states"], held["states"] + held["kept"]), strict=True):
-            panel.errorbar(size / 1e6, mean(v.losses), yerr=spread, fmt="o", markersize=4, label=name)
-            panel.annotate(name, (size / 1e6, mean(v.losses)), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        lines.append(f"| {name} | {mean(v.losses):.3f} ± {spread:.3f} ({len(v.losses)}) | {held['states'] / 1e6:.1f} |")
-        lines[-1] += f" {held['kept'] / 1e6:.1f} |"
-    for panel in panels:
-        panel.margins(x=0.2)
-    panels[0].set(xlabel="weights, gradients, optimizer state, P, MB", ylabel="held-out loss")
-    panels[1].set(xlabel="the same and what is kept for backward, MB")
-    figure.suptitle(title)
+    figure = Figure(figsize=(12, 4.5 * len(found)), layout="constrained")
+    rows = figure.subplots(len(found), 2, squeeze=False, sharey="row")
+    lines = []
+    for panels, (place, variants_there) in zip(rows, found.items(), strict=True):
+        lines += [f"\n{place}\n", "| | held-out loss | states, MB | kept for backward, MB |", "|---|---|---|---|"]
+        for v, held in sorted(variants_there, key=lambda pair: mean(pair[0].losses)):
+            spread = stdev(v.losses) if len(v.losses) > 1 else 0.0
+            name = v.name.partition(": ")[2] or v.name
+            if v.options["method"] == "rso" and not name.startswith("RSO"):
+                name = f"RSO, {name}"
+            states, kept = held["states"] / 1e6, held["kept"] / 1e6
+            for panel, size in zip(panels, (states, states + kept), strict=True):
+                panel.errorbar(size, mean(v.losses), yerr=spread, fmt="o", markersize=4)
+                panel.annotate(name, (size, mean(v.losses)), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            lines.append(
+                f"| {name} | {mean(v.losses):.3f} ± {spread:.3f} ({len(v.losses)}) | {states:.1f} | {kept:.1f} |"
+            )
+        for panel in panels:
+            panel.margins(x=0.2)
+        panels[0].set(xlabel="weights, gradients, optimizer state, P, MB", ylabel="held-out loss", title=place)
+        panels[1].set(xlabel="the same and what is kept for backward, MB")
     figure.savefig(out)
     return "\n".join(lines)

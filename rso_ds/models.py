@@ -66,6 +66,14 @@ def model_config(name: str, vocab_size: int, seq_len: int) -> Any:
     return config
 
 
+def has_weights(name: str) -> bool:
+    """Whether ``name``, as in ``model_config``, has weights: a hub name is taken to, a folder may hold some."""
+    if name in LLAMA_SHAPES:
+        return False
+    folder = Path(name)
+    return not folder.is_dir() or any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir())
+
+
 def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None = None) -> PreTrainedModel:
     """A causal LM in fp32, random or pretrained; ``name`` as in ``model_config``.
 
@@ -82,10 +90,7 @@ def load_model(name: str, vocab_size: int, seq_len: int, pretrained: bool | None
             f"--model {name} has {config.vocab_size} embeddings and the tokenizer {vocab_size} tokens: give the"
             " model's own tokenizer with --tokenizer."
         )
-    if pretrained is None:
-        folder = Path(name)
-        pretrained = not folder.exists() or any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir())
-    if not pretrained:
+    if not (has_weights(name) if pretrained is None else pretrained):
         return _random(config)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 

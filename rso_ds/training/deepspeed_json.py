@@ -12,7 +12,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from rso_ds.config import AUTO
 from rso_ds.errors import RSOConfigError
-from rso_ds.models import LLAMA_SHAPES
+from rso_ds.models import has_weights
 from rso_ds.training.arguments import TrainArguments
 
 # With interval 10 and a first moment that restarts at 0 the mean step is 0.41 of AdamW's (docs/algorithm.md);
@@ -23,7 +23,10 @@ _MICRO_BATCH, _GLOBAL_BATCH = 16, 32
 
 
 def read_json(args: TrainArguments) -> dict[str, Any]:
-    """The file of ``--deepspeed`` with ``--set`` and the overriding flags applied."""
+    """The file of ``--deepspeed`` with ``--set`` and the overriding flags applied.
+
+    Where it leaves RSO's lr "auto" and the model begins with random weights, ``dense_lr`` is "auto" too.
+    """
     path = Path(args.deepspeed)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +64,7 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
 
 
 def _begins_random(args: TrainArguments) -> bool:
-    return args.init == "random" or args.model in LLAMA_SHAPES
+    return args.init == "random" or (args.init == "auto" and not has_weights(args.model))
 
 
 def batch_sizes(config: dict[str, Any], args: TrainArguments, world_size: int) -> tuple[int, int]:
