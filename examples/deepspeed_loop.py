@@ -48,7 +48,7 @@ def main() -> None:
         if step % 10 == 9 and dist.get_rank() == 0:
             print(f"step {step + 1}  loss {loss.item():.3f}  subspace {engine.rso.draw}", flush=True)
     save_dense(engine.module, args.output, dist.get_rank())  # a plain Hugging Face model, at every stage
-    dist.destroy_process_group()
+    rso_ds.comm.leave_process_groups()
 
 
 if __name__ == "__main__":

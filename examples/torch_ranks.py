@@ -52,7 +52,7 @@ def main() -> None:
         if step % 10 == 9 and rank == 0:
             print(f"step {step + 1}  loss {loss.item():.3f}  subspace {optimizer.boundary.draw}", flush=True)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        rso_ds.comm.leave_process_groups()
 
 
 if __name__ == "__main__":

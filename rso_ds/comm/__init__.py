@@ -1,12 +1,13 @@
 """What ranks send each other: counted, predicted, compressed.
 
 ``install`` and ``CommCounter`` count; ``BucketCompression`` with ``compress_hook`` and ``DenseSubspace``
-with ``dense_subspace_hook`` are communication hooks for DistributedDataParallel.
+with ``dense_subspace_hook`` are communication hooks for DistributedDataParallel. ``leave_process_groups`` ends a program's groups.
 """
 
 from typing import Any
 
 from rso_ds.comm.counter import KINDS, CommCounter, install
+from rso_ds.comm.shutdown import leave_process_groups
 
 _HOOKS = {
     "BucketCompression": "rso_ds.comm.compression",
@@ -33,4 +34,5 @@ __all__ = [
     "compress_hook",
     "dense_subspace_hook",
     "install",
+    "leave_process_groups",
 ]

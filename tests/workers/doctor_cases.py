@@ -13,6 +13,7 @@ from rso_ds.cluster.doctor import together
 from rso_ds.cluster.doctor.meeting import meet
 from rso_ds.cluster.doctor.speed import findings_of, measure
 from rso_ds.cluster.environment import adopt
+from rso_ds.comm import leave_process_groups
 from rso_ds.comm.outcome import gathered
 
 OUT = Path(sys.argv[1])
@@ -81,4 +82,4 @@ results = {
 text = {case: [vars(finding) for finding in found] for case, found in results.items()}
 (OUT / f"doctor.rank{LAUNCH.rank}.json").write_text(json.dumps(text))
 dist.barrier()
-dist.destroy_process_group()
+leave_process_groups()
