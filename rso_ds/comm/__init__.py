@@ -1,7 +1,8 @@
 """What ranks send each other: counted, predicted, compressed.
 
 ``install`` and ``CommCounter`` count; ``BucketCompression`` with ``compress_hook`` and ``DenseSubspace``
-with ``dense_subspace_hook`` are communication hooks for DistributedDataParallel. ``leave_process_groups`` ends a program's groups.
+with ``dense_subspace_hook`` are communication hooks for DistributedDataParallel. ``leave_process_groups`` ends
+a program.
 """
 
 from typing import Any
