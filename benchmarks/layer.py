@@ -3,8 +3,8 @@
     python benchmarks/layer.py --sizes 1024 4096 --dtypes fp32 bf16 --json layer.json
 
 Times are shares of a dense layer that computes y, dx and dW; "floor" is the same share counted in operations. "+ merge"
-adds W <- W + B P^T, which the folded form does once a step (the two-path form once an interval). On a GPU if there is
-one.
+adds W <- W + B P^T, which the folded form does once a step (the two-path form once an interval); bf16 is rounded
+stochastically. On a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rso_ds.layers import merged_weight, subspace_linear
+from rso_ds.layers import merged_weight, round_stochastically, subspace_linear
 from rso_ds.layers.functional import folded_linear, projected_input
 from rso_ds.subspace import sample_projection
 
@@ -59,6 +59,7 @@ class Layer:
         self.A = (random(rank, size) / size**0.5).requires_grad_()
         self.P = {s: sample_projection(s, 0, "layer", 0, size, rank, DEVICE) for s in SAMPLERS}
         self.P["haar"] = self.P["haar"].to(dtype)
+        self.generator = torch.Generator(DEVICE).manual_seed(0)
 
     def ways(self) -> dict[str, Callable[[], Tensor]]:
         """Name -> y of that way."""
@@ -89,7 +90,7 @@ class Layer:
         start = now()
         merged = merged_weight(self.frozen, self.B, self.P[sampler], in_place=True)
         if merged is not self.frozen:
-            self.frozen.copy_(merged)
+            self.frozen.copy_(round_stochastically(merged, self.generator))
         return now() - start
 
 

@@ -7,7 +7,8 @@ layer [out, in] with rank r and T tokens:
     the folded form merges B P^T into W at every step                  2 out in r
 
 With the coordinate sampler P costs nothing: 4 T r out against out r additions. An embedding computes alike in both
-forms, so that its merges save nothing.
+forms, so that its merges save nothing. Into 16-bit W merges are computed in fp32, and all of W is converted and
+rounded, while the products that they save are 16-bit ones: ``LOW_PRECISION_MERGE``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from torch import nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
+
+# A merge into 16-bit W in units of the operations of B P^T: measured with benchmarks/layer.py on cores that have 16-bit
+# products, docs/performance.md.
+LOW_PRECISION_MERGE = {"coordinate": 4.0, "dense P": 12.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +63,29 @@ def choose_form(
             return "two_path", "16-bit weights rounded to nearest would lose the updates of single steps"
         if config.master_weights == "cpu":
             return "two_path", "merging at every step would move the fp32 masters between CPU and device"
-    cost, saved = _operations(config, shapes)
+    cost, saved = _operations(config, shapes, low_precision)
     if not saved:
         return "two_path", "embeddings compute alike in both forms"
     enough, tokens = math.floor(cost / saved) + 1, config.tokens_per_step
+    if tokens is None and low_precision:
+        return "two_path", f"merges into 16-bit weights pay from {enough:,} 'tokens_per_step' on, which is not set"
     if tokens is not None and tokens < enough:
         return "two_path", f"{tokens:,} tokens a rank and step do not pay for the merges, {enough:,} would"
     return "folded", f"pays from {enough:,} tokens a rank and step on"
 
 
-def _operations(config: RSOConfig, shapes: Iterable[Shape]) -> tuple[float, float]:
+def _operations(config: RSOConfig, shapes: Iterable[Shape], low_precision: bool) -> tuple[float, float]:
     """(of all merges in a step, saved for each token)."""
     cost, saved = 0.0, 0.0
+    coordinate = config.sampler == "coordinate"
     for s in shapes:
-        if config.sampler == "coordinate":
-            cost += s.out_features * s.rank
-            saved += 4 * s.rank * s.out_features if s.linear else 0
+        product = 2 * s.out_features * s.in_features * s.rank
+        if low_precision:
+            cost += LOW_PRECISION_MERGE["coordinate" if coordinate else "dense P"] * product
         else:
-            cost += 2 * s.out_features * s.in_features * s.rank
-            saved += 2 * s.rank * (2 * s.out_features + s.in_features) if s.linear else 0
+            cost += s.out_features * s.rank if coordinate else product
+        if s.linear:
+            saved += 2 * s.rank * (2 * s.out_features + (0 if coordinate else s.in_features))
     return cost, saved
 
 

@@ -125,6 +125,7 @@ def test_bf16_loses_small_steps_unless_rounded_stochastically():
 
 
 SQUARE = [Shape(1024, 1024, 256)]
+STOCHASTIC = {"merge_rounding": "stochastic"}
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,16 @@ SQUARE = [Shape(1024, 1024, 256)]
         ({"communicate": "boundary"}, {}, "two_path", "'communicate' needs the B"),
         ({}, {"decays": True}, "two_path", "weight decay"),
         ({}, {"low_precision": True}, "two_path", "rounded to nearest would lose"),
-        ({"merge_rounding": "stochastic"}, {"low_precision": True}, "folded", "pays"),
-        ({"master_weights": "device"}, {"low_precision": True}, "folded", "pays"),
+        ({**STOCHASTIC, "tokens_per_step": 4097}, {"low_precision": True}, "folded", "pays from 4,097 tokens"),
+        ({**STOCHASTIC, "tokens_per_step": 4096}, {"low_precision": True}, "two_path", "do not pay for the merges"),
+        (STOCHASTIC, {"low_precision": True}, "two_path", "pay from 4,097 'tokens_per_step' on, which is not set"),
+        ({"master_weights": "device", "tokens_per_step": 4097}, {"low_precision": True}, "folded", "pays"),
+        (
+            {**STOCHASTIC, "tokens_per_step": 2049, "sampler": "coordinate"},
+            {"low_precision": True},
+            "folded",
+            "pays from 2,049 tokens",
+        ),
         ({"master_weights": "cpu"}, {"low_precision": True}, "two_path", "between CPU and device"),
         ({}, {"merge_sends": "W"}, "two_path", "would send W"),
     ],

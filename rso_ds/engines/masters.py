@@ -25,7 +25,7 @@ class WeightMasters:
         Shapes: weight_rows [rows, in], B_rows [rows, r], P [in, r].
         """
         start = self.rows.get(name, weight_rows)
-        merged = merged_weight(start.to(P.device), B_rows, P, decay)
+        merged = merged_weight(start.to(P.device), B_rows, P, decay, in_place=name in self.rows)
         self.rows[name] = merged.to("cpu") if self.location == "cpu" else merged
         return merged
 
