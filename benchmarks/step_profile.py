@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 OPERATORS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
-    "gathers": ("aten::index", "aten::gather", "aten::index_add", "aten::index_select", "aten::embedding"),
+    "gathers": ("aten::index", "aten::gather", "aten::scatter_add", "aten::embedding"),
 }
 EVERY = 1_000_000  # steps to a boundary that is crossed by hand
 
