@@ -63,10 +63,10 @@ def picture(found: dict[str, Any], out: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     curves, apart = figure.subplots(1, 2)
     for sampler in SAMPLERS:
-        base = torch.tensor(found["losses"][f"{sampler}, two-path"])
+        base = torch.tensor(found["losses"][f"{sampler}, two-path"], dtype=torch.float64)
         for form, dashes in zip(FORMS, ("-", ":", "--"), strict=True):
             name = f"{sampler}, {form}"
-            losses = torch.tensor(found["losses"][name])
+            losses = torch.tensor(found["losses"][name], dtype=torch.float64)
             curves.plot(losses, dashes, linewidth=1, label=name)
             if form != "two-path":
                 apart.plot((losses - base).abs().clamp_min(1e-16), dashes, linewidth=1, label=f"{name} to two-path")
