@@ -10,9 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rso_ds.comm import leave_process_groups
+
 
 def run_cases(cases: Mapping[str, Any], run: Callable[[Any], dict[str, Any]], path: Path) -> None:
-    """Rank 0 writes {name: what ``run(case)`` returned, or {"error": traceback}} to ``path``, anew after each."""
+    """Rank 0 writes {name: what ``run(case)`` returned, or {"error": traceback}} to ``path``, anew after each.
+
+    The last thing a worker does: the ranks part at the end.
+    """
     results: dict[str, dict[str, Any]] = {}
     for name, spec in cases.items():
         print("CASE", name, flush=True)
@@ -24,6 +29,7 @@ def run_cases(cases: Mapping[str, Any], run: Callable[[Any], dict[str, Any]], pa
         if dist.get_rank() == 0:
             torch.save(results, path)
     dist.barrier()
+    leave_process_groups()
 
 
 def compiled_graphs() -> int:

@@ -18,6 +18,7 @@ from sealing import reseal
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
+from rso_ds.comm import leave_process_groups
 from rso_ds.engines.deepspeed_import import own_initialize
 
 OUT = Path(sys.argv[1])
@@ -308,3 +309,4 @@ for name, job in JOBS.items():
         results[name] = {"error": traceback.format_exc()}
     torch.save(results, OUT / f"mixed.rank{dist.get_rank()}.pt")
 dist.barrier()
+leave_process_groups()

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.comm import leave_process_groups
 
 OUT, VOCAB = Path(sys.argv[1]), 63
 
@@ -78,4 +77,3 @@ def run(spec):
 
 deepspeed.init_distributed("gloo")
 run_cases({name: {**spec, "name": name} for name, spec in CASES.items()}, run, OUT / "weights.pt")
-leave_process_groups()

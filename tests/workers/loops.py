@@ -19,7 +19,6 @@ from trainer_cases import LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, deeps
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.comm import leave_process_groups
 
 OUT = Path(sys.argv[1])
 
@@ -232,4 +231,3 @@ work["lightning-zero2"] = (lightning, 2)
 work["lightning-zero3"] = (lightning, 3)
 only = sys.argv[2:] or json.loads(os.environ.get("ONLY", "[]"))
 run_cases({n: s for n, s in work.items() if not only or n in only}, lambda spec: spec[0](*spec[1:]), OUT / "loops.pt")
-leave_process_groups()

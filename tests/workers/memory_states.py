@@ -10,6 +10,7 @@ import tiny_llama
 import torch.distributed as dist
 
 import rso_ds
+from rso_ds.comm import leave_process_groups
 from rso_ds.memory.account import Accountant, model_builder
 from rso_ds.memory.profile import StepProfiler
 from rso_ds.memory.states import Engine
@@ -102,3 +103,4 @@ for name, *case in cases():
 if dist.get_rank() == 0:
     (OUT / "memory.json").write_text(json.dumps(results))
 dist.barrier()
+leave_process_groups()

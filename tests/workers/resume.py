@@ -30,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.comm import leave_process_groups
 
 OUT, PHASE = Path(sys.argv[1]), os.environ["PHASE"]
 SCHEDULE = {"warmup_min_lr": 1e-4, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
@@ -175,4 +174,3 @@ get_accelerator().is_fp16_supported = lambda: True
 deepspeed.init_distributed("gloo")
 wanted = sys.argv[2:]
 run_cases({n: j for n, j in jobs().items() if not wanted or n in wanted}, lambda job: job(), OUT / f"{PHASE}.pt")
-leave_process_groups()

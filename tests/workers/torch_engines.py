@@ -16,7 +16,7 @@ from torch_cases import MICRO, four_rank_cases, two_rank_cases
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.comm import BucketCompression, compress_hook, install, leave_process_groups
+from rso_ds.comm import BucketCompression, compress_hook, install
 from rso_ds.observer import Observer
 
 OUT = Path(sys.argv[1])
@@ -108,4 +108,3 @@ def run(spec):
 dist.init_process_group("gloo")
 cases = two_rank_cases() if dist.get_world_size() == 2 else four_rank_cases()
 run_cases(cases, run, OUT / f"torch_engines{dist.get_world_size()}.pt")
-leave_process_groups()

@@ -16,7 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rso_ds
-from rso_ds.comm import BucketCompression, DenseSubspace, agreement, compress_hook, dense_subspace_hook, install
+from rso_ds.comm import (
+    BucketCompression,
+    DenseSubspace,
+    agreement,
+    compress_hook,
+    dense_subspace_hook,
+    install,
+    leave_process_groups,
+)
 from rso_ds.layers import rso_layers
 from rso_ds.subspace import dense_projection, sample_projection
 from rso_ds.training.distributed import Place
@@ -328,3 +336,4 @@ results["one poisoned replica"] = one_poisoned_replica(OUT / "poisoned")
 results["module mode"] = same_as_module_mode()
 torch.save(results, OUT / f"torch_refusals.rank{dist.get_rank()}.pt")
 dist.barrier()
+leave_process_groups()

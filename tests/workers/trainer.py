@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import rso_ds
-from rso_ds.comm import leave_process_groups
 from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.integrations.trainer import with_rso
 
@@ -159,4 +158,3 @@ for engine in ("zero2", "zero3", "ddp", "fsdp2"):
     work[f"best-{engine}"] = {**ENGINES[engine], "do": "best", "name": f"best-{engine}"}
 only = sys.argv[2:]
 run_cases({n: s for n, s in work.items() if not only or n in only}, dispatch, OUT / "trainer.pt")
-leave_process_groups()
