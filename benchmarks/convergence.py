@@ -115,6 +115,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "RSO, full rank, coordinate": _rso(rank_ratio=1.0, sampler="coordinate"),
         "RSO, full rank, haar": _rso(rank_ratio=1.0),
+        "RSO, one subspace": _rso(interval=1_000_000),  # never redrawn: of LoRA, B alone
     },
 }
 
