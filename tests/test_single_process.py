@@ -111,6 +111,33 @@ def test_resume_in_the_middle_of_a_subspace(form):
         assert torch.equal(straight[name], resumed[name]), name
 
 
+def test_what_was_loaded_is_not_trained():
+    """fp32 masters are merged in place: in the optimizer's own memory, not in the state dict's."""
+    config = rso_ds.RSOConfig(rank=RANK, targets=["out"], interval=INTERVAL, master_weights="device")
+
+    def start():
+        model = build().bfloat16()
+        rso_ds.convert(model, config)
+        return model, rso_ds.RSO(model, config)
+
+    def train(model, optimizer):
+        for i in range(INTERVAL):
+            loss_of(model, [x.bfloat16() for x in data(i)]).backward()
+            optimizer.step()
+
+    model, optimizer = start()
+    train(model, optimizer)
+    saved = torch.load(_dump([model.state_dict(), optimizer.state_dict()]), weights_only=True)
+    masters = saved[1]["rso_rows"]["masters"]["out"]
+    before = masters.clone()
+    model, optimizer = start()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer)
+    assert torch.equal(masters, before)
+    assert not torch.equal(optimizer.state_dict()["rso_rows"]["masters"]["out"], before)
+
+
 def _dump(obj):
     import io
 

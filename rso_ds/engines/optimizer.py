@@ -164,7 +164,8 @@ class RSO(torch.optim.Optimizer):
         self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
         self.follow_solver()
         if self._shards.weight_masters is not None:
-            self._shards.weight_masters.rows = dict(state_dict["rso_rows"]["masters"])
+            masters = state_dict["rso_rows"]["masters"]
+            self._shards.weight_masters.rows = {name: rows.clone() for name, rows in masters.items()}
         if self._shards.outer is not None:
             for name, rows in self._shards.outer.rows.items():
                 rows.copy_(state_dict["rso_rows"]["outer_momentum"][name])
