@@ -8,7 +8,7 @@ layer [out, in] with rank r and T tokens:
 
 With the coordinate sampler P costs nothing: 4 T r out against out r additions. An embedding computes alike in both
 forms, so that its merges save nothing. Into 16-bit W merges are computed in fp32, and all of W is converted and
-rounded, while the products that they save are 16-bit ones: ``LOW_PRECISION_MERGE``.
+rounded, also with coordinates, while the products that they save are 16-bit ones: ``LOW_PRECISION_MERGE``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import nn
 from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
 
-# A merge into 16-bit W in units of the operations of B P^T: measured with benchmarks/layer.py on cores that have 16-bit
-# products, docs/performance.md.
-LOW_PRECISION_MERGE = {"coordinate": 4.0, "dense P": 12.0}
+# What a merge into 16-bit W costs, with a dense P and with coordinates, in units of the operations of B P^T: measured with
+# benchmarks/layer.py on cores that have 16-bit products (docs/performance.md).
+LOW_PRECISION_MERGE, LOW_PRECISION_COLUMNS = 12, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _operations(config: RSOConfig, shapes: Iterable[Shape], low_precision: bool)
     for s in shapes:
         product = 2 * s.out_features * s.in_features * s.rank
         if low_precision:
-            cost += LOW_PRECISION_MERGE["coordinate" if coordinate else "dense P"] * product
+            cost += (LOW_PRECISION_COLUMNS if coordinate else LOW_PRECISION_MERGE) * product
         else:
             cost += s.out_features * s.rank if coordinate else product
         if s.linear:

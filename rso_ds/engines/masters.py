@@ -20,7 +20,8 @@ class WeightMasters:
         self.rows: dict[str, Tensor] = {}
 
     def merge(self, name: str, weight_rows: Tensor, B_rows: Tensor, P: Tensor, decay: float) -> Tensor:
-        """``decay * master + B P^T`` as the new master, returned in fp32 on P's device.
+        """``decay * master + B P^T`` as the new master, returned in fp32 on P's device: the master itself if that
+        is where it is kept.
 
         Shapes: weight_rows [rows, in], B_rows [rows, r], P [in, r].
         """
