@@ -22,7 +22,7 @@ from torch import nn
 from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
 
-# What a merge into 16-bit W costs, with a dense P and with coordinates, in units of the operations of B P^T: measured with
+# What a merge into 16-bit W costs, dense P and coordinates, in units of the operations of B P^T: measured with
 # benchmarks/layer.py on cores that have 16-bit products (docs/performance.md).
 LOW_PRECISION_MERGE, LOW_PRECISION_COLUMNS = 12, 4
 
