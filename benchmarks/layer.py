@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rso_ds.layers import merged_weight, round_stochastically, subspace_linear
+from rso_ds.layers import merge_, round_stochastically, subspace_linear
 from rso_ds.layers.functional import folded_linear, projected_input
 from rso_ds.subspace import sample_projection
 
@@ -88,9 +88,7 @@ class Layer:
     @torch.no_grad()
     def merge(self, sampler: str) -> float:
         start = now()
-        merged = merged_weight(self.frozen, self.B, self.P[sampler], in_place=True)
-        if merged is not self.frozen:
-            self.frozen.copy_(round_stochastically(merged, self.generator))
+        merge_(self.frozen, self.B, self.P[sampler], 1.0, partial(round_stochastically, generator=self.generator))
         return now() - start
 
 

@@ -28,8 +28,8 @@ def results(ranks):
     return ranks[0]
 
 
-def reference(steps, intermediate=86):
-    settings = Settings(groups=tiny_llama.groups(), rank=RANK, eps=1e-5)
+def reference(steps, intermediate=86, **settings):
+    settings = Settings(groups=tiny_llama.groups(), rank=RANK, eps=1e-5, **settings)
     batches = [list(tiny_llama.tokens(i, MICRO * 2).split(MICRO)) for i in steps]
     return train(tiny_llama.build(intermediate).double(), settings, tiny_llama.loss_of, batches)
 
@@ -77,6 +77,27 @@ def test_fp32_masters_follow_the_reference(results, ranks, stage):
     assert largest(got["losses"], reference(range(STEPS), 85).losses) < 6e-3
     for name, weight in results["bf16-zero0-masters"]["weights"].items():
         torch.testing.assert_close(got["weights"][name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["coordinate", "coordinate-folded", "coordinate-masters"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_columns_follow_the_reference(results, stage, kind):
+    """W in bf16 with coordinates, of which a merge writes r columns. The stages agree to the bit, but for stochastic
+    rounding at ZeRO-3, which rounds other pieces."""
+    got = results[f"bf16-zero{stage}-{kind}"]
+    print(f"\nzero{stage} {kind} {largest(got['losses'], columns_reference(kind).losses):.1e}")
+    assert largest(got["losses"], columns_reference(kind).losses) < 6e-3
+    if stage < 3 or kind != "coordinate-folded":
+        assert largest(got["losses"], results[f"bf16-zero2-{kind}"]["losses"]) < 1e-6
+
+
+def test_folded_bf16_columns_with_masters_follow_the_reference(results):
+    got = results["bf16-zero3-coordinate-folded-masters"]
+    assert largest(got["losses"], columns_reference("masters").losses) < 6e-3
+
+
+def columns_reference(kind):
+    return reference(range(STEPS), 86 if kind == "coordinate-folded" else 85, sampler="coordinate")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,5 +1,8 @@
 """What the layer computes, what it keeps, and the modes it must be right in."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import rso_ds
 from rso_ds.engines.masters import WeightMasters
-from rso_ds.layers import merged_weight, subspace_linear
+from rso_ds.engines.replicated import ReplicatedShards
+from rso_ds.layers import merge_, merged_weight, subspace_linear
+from rso_ds.memory.trace import LiveBytes
 
 TOKENS, IN, OUT, RANK = 6, 10, 8, 3
 
@@ -177,6 +182,44 @@ def test_fp32_masters_keep_what_bf16_rounds_away():
     torch.testing.assert_close(kept.float(), torch.full((2, 3), 1.1), atol=4e-3, rtol=0)
 
 
+def by_columns(sampler="coordinate", columns=400, rank=20, dtype=torch.bfloat16):
+    """(W, B, P) of 30 rows."""
+    g = torch.Generator().manual_seed(0)
+    weight, b = (torch.randn(30, n, generator=g).to(dtype) for n in (columns, rank))
+    return weight, b, rso_ds.subspace.sample_projection(sampler, 0, "x", 0, columns, rank)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("sampler", ["haar", "coordinate"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_merge_in_place_is_the_merge_rounded_once(dtype, sampler, decay):
+    weight, b, p = by_columns(sampler, dtype=dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    update = b.to(wide) @ rso_ds.subspace.dense_projection(p, 400).to(wide).t()
+    expected = (decay * weight.to(wide) + update).to(dtype)
+    merge_(weight, b, p, decay, lambda merged: merged.to(dtype))
+    torch.testing.assert_close(weight, expected)
+    if sampler == "coordinate" and decay == 1.0 and dtype is torch.bfloat16:
+        assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_coordinates_move_their_columns_alone(master):
+    """Of 400 columns in bf16 20 change: no tensor of the size of W is made, and no other column is rounded."""
+    weight, b, p = by_columns()
+    shards = SimpleNamespace(weight_masters=WeightMasters("device") if master else None, outer=None)
+    merge = partial(ReplicatedShards.merge_rows_, shards, "w", weight, b, p, 1.0)
+    if master:
+        merge(lambda merged: merged.to(torch.bfloat16))
+    before, rounded = weight.clone(), []
+    with LiveBytes() as live:
+        merge(lambda merged: rounded.append(merged.shape) or merged.to(torch.bfloat16))
+    assert rounded == [(30, 20)]
+    assert live.peak < before.nbytes / 2
+    changed = (weight != before).any(0).nonzero().flatten()
+    assert set(changed.tolist()) == set(p.tolist())
+
+
 def test_stochastic_rounding_of_fp16_weights_is_refused():
     model = converted(torch.float16)
     config = rso_ds.RSOConfig(rank=RANK, merge_rounding="stochastic")
@@ -190,4 +233,8 @@ def test_stochastic_rounding_is_unbiased_and_exact_on_representable_values():
     many = torch.stack([rso_ds.layers.round_stochastically(values, g) for _ in range(4000)]).float()
     assert torch.equal(many[:, 0], torch.ones(4000))
     torch.testing.assert_close(many.mean(0), values, atol=5e-4, rtol=0)
+    wide = torch.full((401, 1003), 1.0 + 2**-9)  # four numbers are made of one that is drawn: each is as good
+    for part in range(4):
+        mean = rso_ds.layers.round_stochastically(wide, g).float().flatten()[part::4].mean()
+        torch.testing.assert_close(mean, wide[0, 0], atol=5e-5, rtol=0)
     assert len(many[:, 1].unique()) == 2

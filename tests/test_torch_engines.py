@@ -16,6 +16,7 @@ from reference_local import train_apart
 from torch_cases import MICRO, RANK, four_rank_cases, two_rank_cases
 
 pytest.importorskip("transformers")
+LOW = ("merge_rounding", "master_weights")
 LOCAL = ("communicate", "outer_momentum")
 CASES = {(2, n): c for n, c in two_rank_cases().items()} | {(4, n): c for n, c in four_rank_cases().items()}
 
@@ -32,7 +33,7 @@ def results(tmp_path_factory):
 
 
 def settings_of(spec):
-    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "lean", "targets", *LOCAL)}
+    rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "lean", "targets", *LOW, *LOCAL)}
     groups = tiny_llama.groups()
     if "targets" in spec["rso"]:
         groups |= tiny_llama.token_groups(spec["model"].get("tie", False))

@@ -46,6 +46,9 @@ def test_metrics_have_every_promised_key(space, finished):
     for step in range(1, STEPS + 1):
         assert {"loss", "lr", "tokens", "tokens_per_second", "comm_bytes", "peak_memory_bytes"} <= set(steps[step])
         assert steps[step]["tokens"] == step * 8 * 32
+        waited = steps[step]["waited_seconds"]
+        assert waited["data"] > 0
+        assert (waited["evaluation"] > 0) == (step in (4, 8, 12))
     assert [s for s, m in steps.items() if "val_loss" in m] == [0, 4, 8, 12]
     assert steps[12]["val_loss"] < steps[0]["val_loss"]
     assert steps[12]["applied_steps"] == 12

@@ -3,10 +3,13 @@
 import gzip
 import json
 import lzma
+import time
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from rso_ds import RSOConfigError
@@ -16,6 +19,8 @@ from rso_ds.training.arguments import TrainArguments, parse_arguments
 from rso_ds.training.command import main
 from rso_ds.training.corpus import Corpus, _hub_documents
 from rso_ds.training.dataset import PackedTokens, token_file
+from rso_ds.training.metrics import Waits
+from rso_ds.training.read_ahead import read_ahead
 from rso_ds.training.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +261,35 @@ def test_a_step_sees_the_same_data_at_any_world_size(packed, accumulation, world
         expected = sorted(packed.micro_batches(step, 1, 1, 0, 12)[0, :, 0].tolist())
         got = [packed.micro_batches(step, accumulation, world, r, micro)[..., 0].flatten() for r in range(world)]
         assert sorted(int(x) for part in got for x in part) == expected
+
+
+def test_the_next_step_is_read_while_one_trains():
+    begun = {step: Event() for step in range(2, 6)}
+
+    def read(step):
+        if step == 5:
+            raise OSError("the disk of step 5")
+        begun[step].set()
+        return torch.full((1, 2, 3), step)
+
+    batches = read_ahead(read, 2, torch.device("cpu"))
+    for step in (2, 3, 4):
+        assert torch.equal(next(batches), torch.full((1, 2, 3), step))
+        if step < 4:
+            assert begun[step + 1].wait(10), "nobody asked for it: it is read ahead"
+    with pytest.raises(OSError, match="the disk of step 5"):
+        next(batches)
+
+
+def test_waits_add_up_by_reason_and_begin_anew():
+    waits = Waits()
+    for _ in range(2):
+        with waits.of("data"):
+            time.sleep(0.01)
+    taken = waits.take()
+    assert taken.pop("data") >= 0.02
+    assert set(taken.values()) == {0.0}
+    assert set(waits.take().values()) == {0.0}
 
 
 def test_sequences_longer_than_the_data_are_refused(packed, tmp_path):

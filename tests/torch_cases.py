@@ -8,6 +8,7 @@ STEPS, RANK, MICRO = 13, 5, 2
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "form": "two_path"}
 
 FOLDED, CHOICE = {"form": "folded"}, {"form": None}
+COLUMNS = {"form": "folded", "sampler": "coordinate"}
 TOKENS = {"targets": ["default", "embeddings", "head"]}
 
 
@@ -83,6 +84,21 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
         cases[f"{engine}-folded-tied"] = case(engine, {**FOLDED, **TOKENS}, model={"vocab": 63, "tie": True})
         cases[f"{engine}-folded-checkpointing"] = case(engine, FOLDED, checkpointing="non_reentrant", evaluate=True)
         cases[f"{engine}-choice"] = case(engine, CHOICE)
+        # Dense parameters are in bf16 too, and have no masters here: they bound how near the reference is.
+        cases[f"{engine}-bf16_weights-coordinate"] = case(
+            engine,
+            {**COLUMNS, "merge_rounding": "stochastic"},
+            precision="bf16_weights",
+            tolerance=1e-2,
+            weight_tolerance=3e-2,
+        )
+    cases["fsdp2-bf16_weights-coordinate-masters"] = case(
+        "fsdp2",
+        {**COLUMNS, "master_weights": "device"},
+        precision="bf16_weights",
+        tolerance=1e-2,
+        weight_tolerance=3e-2,
+    )
     cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
     cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
     cases["ddp-compressed-bf16"] = case("ddp", hook="bf16", tolerance=2e-3)

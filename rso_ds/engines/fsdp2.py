@@ -7,6 +7,7 @@ nothing. On a 2-D mesh (replicas, shards) each replica does the same work on the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ class FSDPShards(ReplicatedShards):
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         rows = self.rows(layer.weight)
         if rows.numel():
-            merged = self.merged_rows(name, rows.to(P.device), self.rows(layer.B).to(P.device), P, decay)
-            rows.copy_(rounding(merged, rows.dtype, f"{name}:{self._piece}"))
+            rounded = partial(rounding, dtype=rows.dtype, name=f"{name}:{self._piece}")
+            self.merge_rows_(name, rows, self.rows(layer.B).to(P.device), P, decay, rounded)
 
     def zero(self, layer: SubspaceLayer) -> None:
         self.rows(layer.B).zero_()

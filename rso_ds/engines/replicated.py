@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.local_steps import OuterMomentum, average_
 from rso_ds.engines.masters import WeightMasters
-from rso_ds.layers import SubspaceLayer, merged_weight
+from rso_ds.layers import SubspaceLayer, changed_columns, merge_, write_columns_
 from rso_ds.layers.partitioned import flat_memory
 from rso_ds.optim.finite import gradients_finite
 
@@ -111,13 +112,11 @@ class ReplicatedShards:
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight = layer.weight.detach()
         if self.weight_masters is None:
-            merged = self.merged_rows(name, weight, layer.B, P, decay)
-            if merged is not weight:
-                weight.copy_(rounding(merged, weight.dtype, name))
+            self.merge_rows_(name, weight, layer.B, P, decay, partial(rounding, dtype=weight.dtype, name=name))
             return
         share = -(-layer.out_features // self.world_size)
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        merged = self.merged_rows(name, weight[mine], layer.B[mine], P, decay)
+        merged = self.weight_masters.merge(name, weight[mine], layer.B[mine], P, decay)
         rows = torch.zeros(share, layer.in_features, dtype=weight.dtype, device=weight.device)
         rows[: merged.shape[0]] = merged.to(weight.dtype)
         everyone = [rows]
@@ -126,13 +125,20 @@ class ReplicatedShards:
             dist.all_gather(everyone, rows, group=self.group)
         weight.copy_(torch.cat(everyone)[: layer.out_features])
 
-    def merged_rows(self, name: str, weight_rows: Tensor, B_rows: Tensor, P: Tensor, decay: float) -> Tensor:
-        """The new rows of W in fp32: from fp32 masters, with outer momentum, or plainly, then ``weight_rows``
-        itself if it is in fp32."""
+    def merge_rows_(
+        self, name: str, rows: Tensor, B_rows: Tensor, P: Tensor, decay: float, rounded: Callable[[Tensor], Tensor]
+    ) -> None:
+        """The merge of ``rows`` of W in place: by way of fp32 masters, with outer momentum, or plainly."""
         keeper = self.weight_masters or self.outer
         if keeper is None:
-            return merged_weight(weight_rows, B_rows, P, decay, in_place=True)
-        return keeper.merge(name, weight_rows, B_rows, P, decay)
+            merge_(rows, B_rows, P, decay, rounded)
+            return
+        merged = keeper.merge(name, rows.to(P.device), B_rows, P, decay)
+        columns = changed_columns(P, decay) if self.outer is None else None
+        if columns is None:
+            rows.copy_(rounded(merged))
+        else:
+            write_columns_(rows, columns, rounded(merged.index_select(1, columns)))
 
     def zero(self, layer: SubspaceLayer) -> None:
         layer.B.zero_()

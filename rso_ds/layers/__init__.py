@@ -5,7 +5,7 @@ from rso_ds.layers.convert import Conversion, check_conversion, convert, dense_l
 from rso_ds.layers.embedding import RSOEmbedding, subspace_embedding
 from rso_ds.layers.functional import subspace_linear
 from rso_ds.layers.linear import RSOLinear
-from rso_ds.layers.merge import merged_weight, round_stochastically
+from rso_ds.layers.merge import changed_columns, merge_, merged_weight, round_stochastically, write_columns_
 from rso_ds.layers.summary import parameter_counts, summary_table
 
 __all__ = [
@@ -13,9 +13,11 @@ __all__ = [
     "RSOEmbedding",
     "RSOLinear",
     "SubspaceLayer",
+    "changed_columns",
     "check_conversion",
     "convert",
     "dense_layer",
+    "merge_",
     "merged_weight",
     "parameter_counts",
     "round_stochastically",
@@ -26,4 +28,5 @@ __all__ = [
     "summary_table",
     "target_subspaces",
     "to_dense",
+    "write_columns_",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rso_ds.subspace import add_lifted_
+from rso_ds.subspace import add_lifted_, coordinate_columns, is_coordinates
 
 
 def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0, in_place: bool = False) -> Tensor:
@@ -18,6 +20,33 @@ def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0, in_p
     return add_lifted_(weight.to(dtype, copy=not in_place), B.to(dtype), P, beta=decay)
 
 
+def merge_(weight: Tensor, B: Tensor, P: Tensor, decay: float, rounded: Callable[[Tensor], Tensor]) -> None:
+    """``weight <- decay * weight + B P^T``, the sum in fp32 (fp64 if the weight is) and ``rounded`` to weight's dtype.
+
+    Shapes as in ``merged_weight``; weight may be on another device than B and P. Columns that do not change are
+    neither read nor written (``changed_columns``).
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    columns = changed_columns(P, decay)
+    if columns is None or (weight.dtype == dtype and weight.device == P.device):
+        merged = merged_weight(weight.to(P.device), B, P, decay, in_place=True)
+        if merged is not weight:
+            weight.copy_(rounded(merged))
+        return
+    values = weight.index_select(1, columns.to(weight.device)).to(P.device, dtype)
+    write_columns_(weight, columns, rounded(values.add_(coordinate_columns(B.to(dtype), P, weight.shape[1]))))
+
+
+def changed_columns(P: Tensor, decay: float) -> Tensor | None:
+    """Indices [r] of the columns of W that ``decay * W + B P^T`` can change; None: all."""
+    return P if is_coordinates(P) and decay == 1.0 else None
+
+
+def write_columns_(weight: Tensor, columns: Tensor, values: Tensor) -> None:
+    """``weight[:, columns] <- values`` [rows, r], from whichever device."""
+    weight.index_copy_(1, columns.to(weight.device), values.to(weight.device))
+
+
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 -> bf16 so that the expectation is the value: up with probability equal to the remainder.
 
@@ -25,5 +54,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     carries into the upper half with just that probability.
     """
     bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    # One 64-bit number gives four of 16 bits: drawing is what takes the time on a CPU.
+    drawn = torch.empty(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)
+    drawn.random_(-(1 << 63), None, generator=generator)
+    noise = drawn.view(torch.int16)[: bits.numel()].view_as(bits).to(torch.int32).bitwise_and_((1 << 16) - 1)
+    return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)

@@ -31,7 +31,7 @@ def project(x: Tensor, P: Tensor) -> Tensor:
 def lift(z: Tensor, P: Tensor, in_features: int) -> Tensor:
     """z P^T: [rows, r] -> [rows, in], in z's dtype."""
     if is_coordinates(P):
-        return z.new_zeros(z.shape[0], in_features).index_copy_(1, P, z * _scale(P, in_features))
+        return z.new_zeros(z.shape[0], in_features).index_copy_(1, P, coordinate_columns(z, P, in_features))
     return z @ P.to(z.dtype).t()
 
 
@@ -40,8 +40,13 @@ def add_lifted_(base: Tensor, z: Tensor, P: Tensor, beta: float = 1.0) -> Tensor
     if is_coordinates(P):
         base = base if beta == 1.0 else base.mul_(beta)
         # The coordinates are distinct. Along the last dimension index_add_ is several times slower on CPU.
-        return base.scatter_add_(1, P.expand(z.shape), z * _scale(P, base.shape[1]))
+        return base.scatter_add_(1, P.expand(z.shape), coordinate_columns(z, P, base.shape[1]))
     return base.addmm_(z, P.to(z.dtype).t(), beta=beta)
+
+
+def coordinate_columns(z: Tensor, P: Tensor, in_features: int) -> Tensor:
+    """What z P^T is in the columns of P's coordinates, [rows, r]; it is zero in all others."""
+    return z * _scale(P, in_features)
 
 
 def dense_projection(P: Tensor, in_features: int) -> Tensor:

@@ -32,9 +32,10 @@ from rso_ds.training.deepspeed_json import batch_sizes, fill
 from rso_ds.training.distributed import Place
 from rso_ds.training.engines import build_engine
 from rso_ds.training.evaluation import held_out_loss, perplexity, sample
-from rso_ds.training.metrics import Display, MetricsFile, per_step, traffic_summary, validation
+from rso_ds.training.metrics import Display, MetricsFile, Waits, per_step, traffic_summary, validation
 from rso_ds.training.model_card import write_card
 from rso_ds.training.monitor import Monitor, check_monitors
+from rso_ds.training.read_ahead import read_ahead
 from rso_ds.training.signals import EXIT_REQUEUE, Interruption
 from rso_ds.training.steps import Meeting, StepWatch
 from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
@@ -70,6 +71,8 @@ class Job:
             raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
+        self.batches = read_ahead(self._read, self.first_step, place.device)
+        self.waits = Waits()
         self.monitor = Monitor(self.ds_json, self.engine, self.tokens_per_step // args.seq_len)
         self.display = Display(self.steps, self.first_step, place.rank == 0)
 
@@ -222,20 +225,24 @@ class Job:
                 if engine.traffic.node_count > 1:
                     record["comm_bytes_inter_node"] = per_step(engine.traffic.by_kind("inter-node"), crossed, taken)
                 if evaluate:
-                    after = self._evaluate()
+                    with self.waits.of("evaluation"):
+                        after = self._evaluate()
                     record |= validation(after)
                 if observer:
                     record |= observer.record()
-                if metrics:
-                    metrics.write(record)
-                self.monitor.write(record)
-                display.step(record)
+                record["waited_seconds"] = self.waits.take()
+                with self.waits.of("records"):
+                    if metrics:
+                        metrics.write(record)
+                    self.monitor.write(record)
+                    display.step(record)
                 window_start, window_first = time.monotonic(), step
                 sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
             if stop or step == self.steps or (args.save_interval and step % args.save_interval == 0):
                 saving = time.monotonic()
                 if watch.sound:
-                    self._save(step, after)
+                    with self.waits.of("checkpoint"):
+                        self._save(step, after)
                 window_start += time.monotonic() - saving
             if stop and step < self.steps:
                 engine.checkpoints.wait()
@@ -257,11 +264,14 @@ class Job:
         saved = f"saved step{step}" if watch.sound else "nothing saved, since the loss of this step is not finite"
         return f"{why}: stopped after step {step}, {saved}; continue with --resume auto (exit status {EXIT_REQUEUE})"
 
+    def _read(self, step: int) -> torch.Tensor:
+        place = self.place
+        return self.train_data.micro_batches(step, self.accumulation, place.world_size, place.rank, self.micro)
+
     def _train_step(self, step: int) -> float:
-        ids = self.train_data.micro_batches(
-            step, self.accumulation, self.place.world_size, self.place.rank, self.micro
-        ).to(self.place.device)
-        total = 0.0
+        with self.waits.of("data"):
+            ids = next(self.batches)
+        losses = []
         for i, micro in enumerate(ids):
             if self.args.profile_memory and step == self.first_step + 1 and i == 0:
                 loss = self._profiled(micro)
@@ -269,8 +279,8 @@ class Job:
                 loss = self._forward(micro)
                 self.engine.backward(loss)
             self.engine.step()
-            total += loss.item() / self.accumulation
-        return total
+            losses.append(loss.detach())
+        return float(torch.stack(losses).double().mean())  # a GPU is waited for once a step, here
 
     def _forward(self, micro: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.engine(input_ids=micro, labels=micro, use_cache=False).loss

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,29 @@ def traffic_summary(traffic: CommCounter, steps: int) -> str:
             figures = (payload, payload / max(1, steps), wire, crossing)
             lines.append(f"  {kind:<33}" + "".join(f" {n / 1e6:>12,.3f}" for n in figures))
     return "\n".join(lines)
+
+
+class Waits:
+    """Seconds for which training stood still since the last ``take``, by reason."""
+
+    REASONS = ("data", "evaluation", "records", "checkpoint")
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(self.REASONS, 0.0)
+
+    @contextmanager
+    def of(self, reason: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[reason] += time.monotonic() - start
+
+    def take(self) -> dict[str, float]:
+        """What has added up, rounded to microseconds; counts from zero again."""
+        taken = {reason: round(seconds, 6) for reason, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(self.REASONS, 0.0)
+        return taken
 
 
 class MetricsFile:

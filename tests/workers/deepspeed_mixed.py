@@ -24,6 +24,7 @@ from rso_ds.engines.deepspeed_import import own_initialize
 OUT = Path(sys.argv[1])
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000, "hysteresis": 1}}
+COLUMNS, FOLDED = {"sampler": "coordinate"}, {"form": "folded", "merge_rounding": "stochastic"}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
@@ -276,9 +277,17 @@ for stage in range(4):
     JOBS[f"bf16-zero{stage}-masters"] = lambda s=stage: train(
         case(s, {"master_weights": "cpu"}, intermediate=85, **BF16)
     )
+    JOBS[f"bf16-zero{stage}-coordinate"] = lambda s=stage: train(case(s, COLUMNS, intermediate=85, **BF16))
+    JOBS[f"bf16-zero{stage}-coordinate-folded"] = lambda s=stage: train(case(s, {**COLUMNS, **FOLDED}, **BF16))
+    JOBS[f"bf16-zero{stage}-coordinate-masters"] = lambda s=stage: train(
+        case(s, {**COLUMNS, "master_weights": "cpu"}, intermediate=85, **BF16)
+    )
     JOBS[f"gpt2-zero{stage}"] = lambda s=stage: gpt2(s)
 JOBS["resume-masters-zero2"] = lambda: resume(case(2, {"master_weights": "device"}, **BF16), str(OUT / "ckm2"), 7)
 JOBS["resume-masters-zero3"] = lambda: resume(case(3, {"master_weights": "cpu"}, **BF16), str(OUT / "ckm3"), 7)
+JOBS["bf16-zero3-coordinate-folded-masters"] = lambda: train(
+    case(3, {**COLUMNS, "form": "folded", "master_weights": "device"}, intermediate=85, **BF16)
+)
 JOBS["fp16-zero0-fused"] = lambda: overflow(0, torch_adam=False)
 JOBS["bf16-zero0-fused"] = lambda: train(case(0, {"torch_adam": False}, **BF16))
 JOBS["bf16-zero1-fp32_accum"] = lambda: train(case(1, data_types={"grad_accum_dtype": "fp32"}, **BF16))

@@ -53,6 +53,8 @@ def run(spec):
     model = tiny_llama.build(spec["intermediate"], **spec["model"])
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": spec["checkpointing"] == "reentrant"})
+    if spec["precision"] == "bf16_weights":
+        model.bfloat16()
     rso_ds.convert(model, config)
     if spec["compiled"]:
         torch._dynamo.reset()  # graphs of other cases would do

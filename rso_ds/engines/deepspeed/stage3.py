@@ -8,6 +8,7 @@ B (r columns) is gathered, never W.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +65,14 @@ class Stage3Shards(ReplicatedShards):
         self._drop_secondary(weight)
         if not length:
             return
-        merged = self.merged_rows(name, rows.to(P.device), rows_of_b, P, decay)
         shard = weight.ds_tensor[:length]
-        shard.copy_(rounding(merged, shard.dtype, f"{name}:{start}").view(-1)[skip : skip + length])
+        whole_rows = length == rows.numel()
+        if whole_rows:
+            rows = shard.view_as(rows)
+        rounded = partial(rounding, dtype=rows.dtype, name=f"{name}:{start}")
+        self.merge_rows_(name, rows, rows_of_b, P, decay, rounded)
+        if not whole_rows:
+            shard.copy_(rows.view(-1)[skip : skip + length])
 
     def zero(self, layer: SubspaceLayer) -> None:
         _, b, _ = _zero_params(layer)
@@ -110,6 +116,8 @@ class Stage3Shards(ReplicatedShards):
         in_features = weight.ds_shape[1]
         top, bottom = start // in_features, -(-stop // in_features)
         shard = weight.ds_tensor[: stop - start]
+        if stop - start == (bottom - top) * in_features:
+            return shard.view(-1, in_features).to(self.device), start, 0, stop - start
         rows = torch.zeros((bottom - top) * in_features, dtype=shard.dtype, device=self.device)
         skip = start - top * in_features
         rows[skip : skip + stop - start] = shard
