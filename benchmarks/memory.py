@@ -19,15 +19,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peak import Peak
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rso_ds
 from rso_ds.memory.kept import KeptRecorder, by_kind
-from rso_ds.memory.trace import LiveBytes, trace_training
+from rso_ds.memory.trace import trace_training
 from rso_ds.models import LLAMA_SHAPES, llama_config
 
 GIB = 2**30
@@ -113,23 +113,19 @@ def peak(args: argparse.Namespace) -> None:
 
 def measure(prepare: Callable[[Any, argparse.Namespace], Any], args: argparse.Namespace) -> dict[str, float]:
     """GiB: peak of the second step, and what was there before it."""
-    live: Any = nullcontext() if DEVICE == "cuda" else LiveBytes()
-    with live:
+    with Peak() as peak:
         model: Any = build(args.shape, args.vocab, None, args.rank, torch.bfloat16).to(DEVICE).train()
         model, optimizer = prepare(model, args)
         ids = torch.randint(0, args.vocab, (args.batch, args.seq_len), device=DEVICE)
+        before = 0
         for step in range(2):
             if step == 1:
-                if DEVICE == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                else:
-                    before, live.peak = live.live, live.live
+                peak.from_now_on()
+                before = peak.held()
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        top = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else live.peak
-    return {"peak_gib": round(top / GIB, 3), "before_gib": round(before / GIB, 3)}
+    return {"peak_gib": round(peak.bytes / GIB, 3), "before_gib": round(before / GIB, 3)}
 
 
 def _adamw(model: Any, args: argparse.Namespace) -> Any:

@@ -5,7 +5,8 @@
 
 A step is forward, backward, exchange and optimizer; RSO's boundaries fall where they fall (``--interval``). Each method
 takes ``--steps`` steps in a round, and another one goes first in each. GaLore and APOLLO work on matrices and run under
-``ddp`` only. Kept bytes are what forward keeps for backward; peak memory is of CUDA's allocator, where there is one.
+``ddp`` only. Kept bytes are what forward keeps for backward. Peak is the most that a rank holds in its second step
+above what was there before the method: of CUDA's allocator, on a CPU of all storages that torch makes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peak import Peak
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -174,16 +176,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     counter = install()
     methods, rows = {}, {}
     for name in names:
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        methods[name] = method = Method(name, args, device)
+        gc.collect()
+        with Peak() as peak:
+            methods[name] = method = Method(name, args, device)
+            method.step(args.batch, args.seq_len)
+            peak.from_now_on()
+            method.step(args.batch, args.seq_len)
         kept = method.kept(args.batch, args.seq_len)
         for _ in range(args.warm_up):
             method.step(args.batch, args.seq_len)
         trained = sum(p.numel() for p in method.model.parameters() if p.requires_grad)
-        rows[name] = {"method": name, "kept_bytes": kept, "trained": trained, "seconds": [], "sent": []}
-        if CUDA:
-            rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        rows[name] = {
+            "method": name, "kept_bytes": kept, "peak_bytes": peak.bytes, "trained": trained, "seconds": [], "sent": [],
+        }  # fmt: skip
     for index in range(args.rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
@@ -197,7 +202,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 
 def table(rows: list[dict[str, Any]], tokens: int) -> str:
     dense = statistics.median(rows[0]["seconds"])
-    head = ["s a step", f"of {rows[0]['method']}", "tokens/s a rank", "kept, MB", "gradient MB sent", "trained"]
+    head = [
+        "s a step",
+        f"of {rows[0]['method']}",
+        "tokens/s a rank",
+        "kept, MB",
+        "peak, MB",
+        "gradient MB sent",
+        "trained",
+    ]
     lines = ["| method | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
     for r in rows:
         times = sorted(r["seconds"])
@@ -205,7 +218,8 @@ def table(rows: list[dict[str, Any]], tokens: int) -> str:
         quarter = len(times) // 4
         cells = [
             f"{middle:.3f} ({times[quarter]:.3f}-{times[-1 - quarter]:.3f})", f"{middle / dense:.3f}",
-            f"{tokens / middle:,.0f}", f"{r['kept_bytes'] / 1e6:.0f}", f"{statistics.mean(r['sent']) / 1e6:.1f}",
+            f"{tokens / middle:,.0f}", f"{r['kept_bytes'] / 1e6:.0f}", f"{r['peak_bytes'] / 1e6:.0f}",
+            f"{statistics.mean(r['sent']) / 1e6:.1f}",
             f"{r['trained'] / 1e6:.2f} M",
         ]  # fmt: skip
         lines.append(f"| {r['method']} | " + " | ".join(cells) + " |")

@@ -7,8 +7,8 @@ layer [out, in] with rank r and T tokens:
     the folded form merges B P^T into W at every step                  2 out in r
 
 With the coordinate sampler P costs nothing: 4 T r out against out r additions. An embedding computes alike in both
-forms, so that its merges save nothing. Into 16-bit W merges are computed in fp32, and all of W is converted and
-rounded, also with coordinates, while the products that they save are 16-bit ones: ``LOW_PRECISION_MERGE``.
+forms, so that its merges save nothing. Into 16-bit W merges are computed in fp32, converted and rounded (of W whole,
+with coordinates of their columns), while the products that they save are 16-bit ones: ``LOW_PRECISION_*``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import nn
 from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
 
-# What a merge into 16-bit W costs, dense P and coordinates, in units of the operations of B P^T: measured with
-# benchmarks/layer.py on cores that have 16-bit products (docs/performance.md).
-LOW_PRECISION_MERGE, LOW_PRECISION_COLUMNS = 12, 4
+# What a merge into 16-bit W costs in 16-bit operations: with dense P as a multiple of those of B P^T, with coordinates
+# for each element that changes. Measured with benchmarks/layer.py on cores that have 16-bit products
+# (docs/performance.md).
+LOW_PRECISION_MERGE, LOW_PRECISION_ELEMENT = 12, 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +80,10 @@ def _operations(config: RSOConfig, shapes: Iterable[Shape], low_precision: bool)
     cost, saved = 0.0, 0.0
     coordinate = config.sampler == "coordinate"
     for s in shapes:
-        product = 2 * s.out_features * s.in_features * s.rank
-        if low_precision:
-            cost += (LOW_PRECISION_COLUMNS if coordinate else LOW_PRECISION_MERGE) * product
+        if coordinate:
+            cost += s.out_features * s.rank * (LOW_PRECISION_ELEMENT if low_precision else 1)
         else:
-            cost += s.out_features * s.rank if coordinate else product
+            cost += 2 * s.out_features * s.in_features * s.rank * (LOW_PRECISION_MERGE if low_precision else 1)
         if s.linear:
             saved += 2 * s.rank * (2 * s.out_features + (0 if coordinate else s.in_features))
     return cost, saved
