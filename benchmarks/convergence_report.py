@@ -92,21 +92,33 @@ def table(results: Iterable[dict[str, Any]], names: Mapping[str, str]) -> str:
 
 
 def picture(results: Iterable[dict[str, Any]], names: Mapping[str, str], out: Path) -> None:
-    """For each budget: the loss by learning rate, and the loss by the number of trained parameters."""
+    """For each budget with several seeds: the loss by learning rate, and by the number of trained parameters."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    budgets = variants(results, names)
+    budgets = {
+        place: [v for v in found if len(v.losses) > 1 and v.name.startswith("methods: ")]
+        for place, found in variants(results, names).items()
+    }
+    budgets = {place: found for place, found in budgets.items() if found}
+    colours = dict(
+        zip(dict.fromkeys(v.name for found in budgets.values() for v in found), colormaps["tab20"].colors, strict=False)
+    )
     figure = Figure(figsize=(13, 4.5 * len(budgets)), layout="constrained")
     panels = figure.subplots(len(budgets), 2, squeeze=False)
     for (by_rate, by_size), (place, found) in zip(panels, budgets.items(), strict=True):
-        for v in (v for v in found if v.losses and v.name.startswith("methods: ")):
-            name = v.name.removeprefix("methods: ")
-            by_rate.plot(list(v.by_rate), list(v.by_rate.values()), marker="o", markersize=3, label=name)
-            spread = stdev(v.losses) if len(v.losses) > 1 else 0.0
-            by_size.errorbar(v.trained / 1e6, mean(v.losses), yerr=spread, fmt="o", markersize=4, label=name)
-        low = min((mean(v.losses) for v in found if v.losses), default=0.0)
+        for v in found:
+            shown = {
+                "label": v.name.removeprefix("methods: "),
+                "color": colours[v.name],
+                "marker": "o",
+                "markersize": 4,
+            }
+            by_rate.plot(list(v.by_rate), list(v.by_rate.values()), **shown)
+            by_size.errorbar(v.trained / 1e6, mean(v.losses), yerr=stdev(v.losses), linestyle="", **shown)
+        low = min(mean(v.losses) for v in found)
         by_rate.set(
-            xscale="log", ylim=(low - 0.05, low + 0.8), xlabel="learning rate", ylabel="held-out loss, first seed"
+            xscale="log", ylim=(low - 0.05, low + 0.5), xlabel="learning rate", ylabel="held-out loss, first seed"
         )
         by_size.set(xlabel="trained parameters, millions", ylabel="held-out loss, mean over seeds")
         by_rate.set_title(place)
