@@ -128,7 +128,8 @@ class ReplicatedShards:
     def merge_rows_(
         self, name: str, rows: Tensor, B_rows: Tensor, P: Tensor, decay: float, rounded: Callable[[Tensor], Tensor]
     ) -> None:
-        """The merge of ``rows`` of W in place: by way of fp32 masters, with outer momentum, or plainly."""
+        """The merge of ``rows`` [n, in] of W with ``B_rows`` [n, r], in place: by way of fp32 masters, with outer
+        momentum, or plainly. ``rounded``: fp32 -> the dtype of W; B_rows and P are on one device, ``rows`` anywhere."""
         keeper = self.weight_masters or self.outer
         if keeper is None:
             merge_(rows, B_rows, P, decay, rounded)

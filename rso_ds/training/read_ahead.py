@@ -12,7 +12,8 @@ from torch import Tensor
 
 def read_ahead(read: Callable[[int], Tensor], first: int, device: torch.device) -> Iterator[Tensor]:
     """``read(step)`` on ``device`` for step ``first`` and all that follow; the next is read, in a thread, when one is
-    given out. What ``read`` raises for a step is raised when that step is asked for."""
+    given out. What ``read`` raises for a step is raised when that step is asked for. ``read`` is never called by two
+    threads at once. (The main job's ``read``: int64 [accumulation, micro batch, sequence], in pageable memory.)"""
 
     def load(step: int) -> Tensor:
         tokens = read(step)
