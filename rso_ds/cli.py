@@ -17,6 +17,7 @@ from rso_ds.ds_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOError
 from rso_ds.memory import command as memory
 from rso_ds.report import command as report
+from rso_ds.training import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.add_arguments(
         commands.add_parser("export", help="a checkpoint as a Hugging Face model, or as a LoRA adapter; no GPU needed")
     )
+    evaluate.add_arguments(
+        commands.add_parser("evaluate", help="held-out loss of a run's checkpoints, beside the run or after it")
+    )
     report.add_arguments(
         commands.add_parser("report", help="runs beside each other on one page: losses, memory, bytes")
     )
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     actions = {
         "export": export.run, "memory": memory.run, "comm": comm.run, "plan": plan.run, "check": _check,
-        "report": report.run,
+        "report": report.run, "evaluate": evaluate.run,
     }  # fmt: skip
     try:
         if args.command == "doctor":

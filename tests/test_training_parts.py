@@ -45,6 +45,7 @@ def test_flags_win_over_yaml_and_the_effective_settings_read_back(tmp_path):
         ("modell: x", "unknown key 'modell' of the training configuration. Did you mean 'model'?"),
         ("learning_rate: fast", "'learning_rate' must be a number"),
         ("seq_len: 1", "--seq-len must be an integer of at least 2, got 1"),
+        ("{eval_interval: 0, keep_best: 1}", "--keep-best chooses by the held-out loss"),
         ("seq_len: 2.5", "--seq-len must be an integer"),
         ("warmup: 2", r"--warmup must lie in \[0, 1\]"),
         ("max_steps: 3\ntrain_tokens: 5", "--max-steps and --train-tokens are both set"),

@@ -173,6 +173,11 @@ def tags(folder: Path) -> list[str]:
     return [p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime_ns)]
 
 
+def fingerprint(path: Path) -> str:
+    """Changes when any file of the checkpoint ``path`` does: the SHA-256 of its manifest."""
+    return _sha256(path / MANIFEST)
+
+
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """The files that the checkpoint ``path`` must hold. Raises ``RSOCheckpointError``."""
     file = path / MANIFEST

@@ -92,6 +92,11 @@ def _of_train(folder: Path, name: str) -> Run:
         if "merge_ratio" in record and record["draw"] != drawn:  # told in each line until the next boundary
             run.merge_ratio.append((step, record["merge_ratio"]))
             drawn = record["draw"]
+    evaluated = folder / "evaluation.jsonl"  # of rso-ds evaluate: steps at which the run itself did not stop
+    if evaluated.is_file():
+        known = {step for step, _ in run.held_out}
+        beside = {int(r["step"]): r["val_loss"] for r in _lines(evaluated) if r["val_loss"] is not None}
+        run.held_out = sorted([*run.held_out, *((step, x) for step, x in beside.items() if step not in known)])
     if before:
         run.bytes_per_step = sent / before
         run.tokens_per_second = sorted(speeds)[len(speeds) // 2]

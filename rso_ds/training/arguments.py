@@ -73,7 +73,11 @@ class TrainArguments:
     output: str = _flag("runs/rso", "Folder of metrics, checkpoints and the final model.")
     cache: str = _flag("~/.cache/rso_ds", "Folder of trained tokenizers and token files.")
     log_interval: int = _flag(10, "Steps between lines of metrics.jsonl.")
-    eval_interval: int = _flag(100, "Steps between validations (there is one before and one after training too).")
+    eval_interval: int = _flag(
+        100,
+        "Steps between validations; there is one before and one after training too. 0: only those two, and rso-ds"
+        " evaluate --follow does the others beside the run, from its checkpoints.",
+    )
     eval_tokens: int = _flag(100_000, "At most so many held-out tokens a validation.")
     save_interval: int = _flag(500, "Steps between checkpoints; 0: only at the end.")
     max_skipped: int = _flag(
@@ -93,7 +97,7 @@ class TrainArguments:
     def __post_init__(self) -> None:
         for key, minimum in (
             ("seq_len", 2), ("global_batch", 1), ("micro_batch", 1), ("max_steps", 1), ("train_tokens", 1),
-            ("log_interval", 1), ("eval_interval", 1), ("eval_tokens", 1), ("save_interval", 0),
+            ("log_interval", 1), ("eval_interval", 0), ("eval_tokens", 1), ("save_interval", 0),
             ("keep_last", 0), ("keep_best", 0), ("max_skipped", 1),
             ("vocab_size", 257), ("replicas", 1), ("timeout", 1), ("seed", 0), ("sample_tokens", 0),
         ):  # fmt: skip
@@ -120,6 +124,11 @@ class TrainArguments:
                 raise RSOConfigError(f"--{_dashed(key)} must lie in [0, {top:g}], got {value!r}.")
         if self.max_steps is not None and self.train_tokens is not None:
             raise RSOConfigError("--max-steps and --train-tokens are both set: keep one of them.")
+
+        if self.keep_best and not self.eval_interval:
+            raise RSOConfigError(
+                "--keep-best chooses by the held-out loss, which --eval-interval 0 leaves to another process: set one."
+            )
 
     def save(self, path: Path) -> None:
         """Write all settings as YAML that ``--config`` reads back."""

@@ -38,7 +38,8 @@ def held_out_loss(model: nn.Module, data: PackedTokens, tokens: int, micro: int,
         weight = torch.from_numpy(valid).to(losses)
         total[0] += (losses * weight).sum()
         total[1] += weight.sum() * (data.seq_len - 1)
-    dist.all_reduce(total)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     model.train(was_training)
     return (total[0] / total[1]).item()
 

@@ -203,7 +203,7 @@ class Job:
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
             lr = engine.optimizer.param_groups[0]["lr"]
-            evaluate = step % args.eval_interval == 0 or step == self.steps
+            evaluate = step == self.steps or (args.eval_interval > 0 and step % args.eval_interval == 0)
             log = step % args.log_interval == 0 or evaluate or step == self.first_step + 1
             if observer and log:
                 observer.watch_step()
@@ -242,7 +242,7 @@ class Job:
                 saving = time.monotonic()
                 if watch.sound:
                     with self.waits.of("checkpoint"):
-                        self._save(step, after)
+                        self._save(step, after if args.eval_interval or evaluate else math.nan)
                 window_start += time.monotonic() - saving
             if stop and step < self.steps:
                 engine.checkpoints.wait()
