@@ -83,6 +83,18 @@ def test_observed_norms_equal_the_reference(results, world, name):
     check_observed(got["observed"], reference(as_run(spec, got), world), spec["rso"], 1e-3)
 
 
+@pytest.mark.parametrize(("world", "name"), [k for k, s in CASES.items() if s["precision"] == "bf16_weights"])
+def test_merges_into_bf16_weights_go_the_way_of_the_reference(results, world, name):
+    """A merge that is lost, or rounded away, leaves a distance of the size of the way itself."""
+    spec, got = CASES[world, name], results[world, name]
+    start = tiny_llama.build(spec["intermediate"]).double().state_dict()
+    expected = reference(as_run(spec, got), world).weights
+    for layer in (layer for members in tiny_llama.groups().values() for layer in members):
+        way = expected[f"{layer}.weight"] - start[f"{layer}.weight"]
+        off = got["weights"][f"{layer}.weight"].double() - expected[f"{layer}.weight"]
+        assert off.norm() < 0.3 * way.norm(), (layer, (off.norm() / way.norm()).item())
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_boundaries_compile_nothing(results, engine):
     graphs = results[2, f"{engine}-compiled"]["graphs"]
