@@ -77,6 +77,24 @@ def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
     assert (params["lr"], params.get("dense_lr")) == (lr, dense_lr)
 
 
+@pytest.mark.parametrize(
+    ("steps", "flags", "interval"),
+    [
+        (499, {}, 10),
+        (500, {}, 50),
+        (500, {"set": ["optimizer.params.interval=20"]}, 20),
+        (499, {"set": ["optimizer.params.interval=auto"]}, 10),
+        (500, {"set": ["optimizer.params.dense_lr=null"]}, 10),  # one rate for all does not bear 50
+        (500, {"set": ["optimizer.params.dense_lr=4e-3"]}, 10),
+        (500, {"set": ["optimizer.params.lr=1e-3", "optimizer.params.dense_lr=2e-3"]}, 50),
+        (500, {"model": "gpt2", "set": ["optimizer.params.dense_lr=1e-4"]}, 10),  # fine-tuning
+    ],
+)
+def test_the_interval_where_the_json_leaves_it_open(steps, flags, interval):
+    args = TrainArguments(deepspeed=str(ROOT / "ds_configs/rso.json"), **flags)
+    assert fill(read_json(args), args, 2, steps, on_gpu=False)["optimizer"]["params"]["interval"] == interval
+
+
 def test_a_folder_without_weights_begins_with_random_ones(tmp_path):
     args = TrainArguments(deepspeed=str(ROOT / "ds_configs/rso.json"), model=str(tmp_path))
     for file, dense_lr in (("config.json", "auto"), ("model.safetensors", None)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from rso_ds.config import AUTO
+from rso_ds.config import AUTO, RSOConfig
 from rso_ds.errors import RSOConfigError
 from rso_ds.models import has_weights
 from rso_ds.training.arguments import TrainArguments
@@ -19,6 +19,7 @@ from rso_ds.training.arguments import TrainArguments
 # docs/results.md has the sweep.
 _DEFAULT_LR = {"RSO": 4e-3}
 _DENSE_LR = 4.0  # times lr, where a model begins with random weights (docs/convergence.md)
+_INTERVAL, _LONG_INTERVAL, _LONG_RUN = RSOConfig.interval, 50, 500  # steps (docs/rank-and-interval.md)
 _MICRO_BATCH, _GLOBAL_BATCH = 16, 32
 
 
@@ -128,6 +129,9 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     _fill(config, "gradient_clipping", 1.0)
     if config["optimizer"]["type"] == "RSO":
         params.setdefault("tokens_per_step", micro * accumulation * args.seq_len)
+        if params.get("interval", AUTO) == AUTO:
+            apart = params.get("dense_lr") not in (None, params["lr"])
+            params["interval"] = _LONG_INTERVAL if steps >= _LONG_RUN and apart and _begins_random(args) else _INTERVAL
     for kind in ("bf16", "fp16"):
         block = config.setdefault(kind, {"enabled": "auto"})
         if args.precision != "auto":
