@@ -15,7 +15,7 @@ from train_workspace import ROOT, STEPS, Workspace
 
 from rso_ds.cli import main
 from rso_ds.report.runs import load_runs
-from rso_ds.training.evaluate import Evaluator
+from rso_ds.training.evaluator import Evaluator
 
 EVERY = 3
 COMMAND = str(Path(sys.executable).parent / "rso-ds")
@@ -97,6 +97,8 @@ def test_a_second_time_there_is_nothing_to_do(copy, capsys):
     assert printed.count("\n") == 1
     assert "evaluation.jsonl: 4 checkpoints; the best is of step 12/12" in printed
     assert evaluations(copy) == before
+    main(["evaluate", str(copy), "--eval-tokens", "64"])  # another figure
+    assert [r["eval_tokens"] for r in evaluations(copy)] == 4 * [1500] + 4 * [64]
 
 
 def test_half_a_line_and_its_checkpoint_are_done_again(copy):

@@ -1,31 +1,17 @@
-"""``rso-ds evaluate``: held-out loss of a run's checkpoints by a process of its own: training does not wait for it."""
+"""``rso-ds evaluate``: its flags, and the waiting for checkpoints."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch.distributed.checkpoint.api import CheckpointException
+from rso_ds.errors import RSOConfigError, RSOError
 
-from rso_ds.checkpoint import folder as folders
-from rso_ds.checkpoint.model_files import MODEL_FILES
-from rso_ds.checkpoint.stored_model import StoredModel
-from rso_ds.checkpoint.transaction import read_extra
-from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
-from rso_ds.training.arguments import TrainArguments, parse_arguments
-from rso_ds.training.corpus import Corpus
-from rso_ds.training.dataset import PackedTokens, token_file
-from rso_ds.training.distributed import Place
-from rso_ds.training.evaluation import held_out_loss
-from rso_ds.training.metrics import MetricsFile, validation
-from rso_ds.training.tokenization import load_tokenizer, tokenizer_fingerprint
+if TYPE_CHECKING:
+    from rso_ds.training.evaluator import Evaluator
 
-EVALUATIONS = "evaluation.jsonl"
 POLL_SECONDS = 2.0
 
 
@@ -46,6 +32,8 @@ def run(args: argparse.Namespace) -> str:
     Raises ``RSOConfigError`` for a folder that is no run, ``RSOCheckpointError`` for a damaged checkpoint or one of
     other data than are there now, ``RSOError`` when ``--patience`` is at its end.
     """
+    from rso_ds.training.evaluator import Evaluator  # transformers take seconds, which no other command should wait for
+
     for flag in ("micro_batch", "eval_tokens"):
         value = getattr(args, flag)
         if value is not None and value < 1:
@@ -68,118 +56,3 @@ def run(args: argparse.Namespace) -> str:
     if evaluator is None:
         raise RSOConfigError(f"{args.run / 'config.yaml'} does not exist: name the output folder of launch/train.py.")
     return evaluator.summary()
-
-
-class Evaluator:
-    """Appends a line to ``RUN/evaluation.jsonl`` for each checkpoint that has none there.
-
-    The loss is that of ``launch/train.py``: the same tokens, the model in the dtype of the run, on a GPU if there is
-    one. The model is built once, and takes its weights, W + B P^T, from one checkpoint after the other.
-    """
-
-    def __init__(self, run: Path, micro_batch: int | None, eval_tokens: int | None) -> None:
-        self.run = run
-        self.settings: TrainArguments = parse_arguments(["--config", str(run / "config.yaml")])
-        self.micro = micro_batch or self.settings.micro_batch or 16
-        self.tokens = eval_tokens or self.settings.eval_tokens
-        self.place = Place(0, 0, 1, torch.cuda.is_available())
-        s = self.settings
-        self.corpus = Corpus(s.data, s.val_fraction, s.val_data, s.text_key)
-        self._model: Any = None
-        self._held_out: PackedTokens | None = None
-        self.file = MetricsFile(run / EVALUATIONS, sys.maxsize)
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in self.file.path.read_text().splitlines()]
-        self._skipped: set[str] = set()
-
-    @property
-    def complete(self) -> bool:
-        """Whether the run's last step has been evaluated."""
-        present = {folders.fingerprint(path) for path in self._checkpoints()}
-        return any(r["step"] == r["steps"] and r["checkpoint"] in present for r in self.records)
-
-    def evaluate_new(self) -> int:
-        """Evaluate, oldest first, what has not been; returns the number of checkpoints."""
-        done = {r["checkpoint"] for r in self.records} | self._skipped
-        count = 0
-        for path in self._checkpoints():
-            try:
-                mark = folders.fingerprint(path)
-                if mark in done:
-                    continue
-                record = {**self._evaluate(path), "checkpoint": mark}
-            except (RSOCheckpointError, OSError, CheckpointException):
-                if path.is_dir():
-                    raise
-                print(f"{path.name} was removed before it was read (--keep-last)", flush=True)
-                continue
-            self.records.append(record)
-            self.file.write(record)
-            print(_line(record), flush=True)
-            count += 1
-        return count
-
-    def summary(self) -> str:
-        found = [r for r in self.records if r["val_loss"] is not None]
-        if not found:
-            return f"{self.run / 'checkpoints'}: no checkpoint yet"
-        best = min(found, key=lambda r: r["val_loss"])
-        return f"{self.run / EVALUATIONS}: {len(self.records)} checkpoints; the best is of {_line(best)}"
-
-    def _checkpoints(self) -> list[Path]:
-        folder = self.run / "checkpoints"
-        return [folder / tag for tag in folders.tags(folder)] if folder.is_dir() else []
-
-    @torch.no_grad()
-    def _evaluate(self, path: Path) -> dict[str, Any]:
-        start = time.monotonic()
-        stored = StoredModel(path)  # verifies every file
-        client = read_extra(path)["client"]
-        if "run" not in client:
-            raise RSOCheckpointError(f"{path} was not saved by train.py: its data are not known.")
-        held_out = self._data(path, client["run"])
-        model = self._filled(stored)
-        loss = held_out_loss(model, held_out, self.tokens, self.micro, self.place)
-        return {
-            "step": client["step"], "steps": client["run"]["steps"], **validation(loss),
-            "seconds": round(time.monotonic() - start, 3),
-        }  # fmt: skip
-
-    def _data(self, path: Path, trained_on: dict[str, Any]) -> PackedTokens:
-        """The held-out part, by the checkpoint's tokenizer."""
-        if self._held_out is None:
-            cache = Path(self.settings.cache).expanduser()
-            tokenizer = load_tokenizer(str(path / MODEL_FILES), self.corpus, self.settings.vocab_size, cache)
-            now = {"data": self.corpus.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
-            for key, value in now.items():
-                if trained_on[key] != value:
-                    raise RSOCheckpointError(
-                        f"{path}: the run's {key} had the fingerprint {trained_on[key]}, now it is {value}: the loss"
-                        f" could not be compared. Restore --data {self.settings.data}, and start where the run was."
-                    )
-            self._held_out = PackedTokens(token_file(self.corpus, "held_out", tokenizer, cache), self.settings.seq_len)
-        return self._held_out
-
-    def _filled(self, stored: StoredModel) -> Any:
-        """The model with the weights of ``stored``."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        names = stored.names()
-        if self._model is None:
-            kinds = [stored.dtype(n) for n in names if stored.dtype(n).is_floating_point]
-            config = AutoConfig.from_pretrained(stored.path / MODEL_FILES)
-            self._model = AutoModelForCausalLM.from_config(config, dtype=kinds[0]).to(self.place.device)
-        state = self._model.state_dict()
-        for name in names:
-            if name not in state or tuple(state[name].shape) != stored.shape(name):
-                raise RSOCheckpointError(
-                    f"{stored.path}: '{name}' {list(stored.shape(name))} is no tensor of the model that"
-                    f" {MODEL_FILES}/config.json describes."
-                )
-            state[name].copy_(stored.value(name))
-        return self._model
-
-
-def _line(record: dict[str, Any]) -> str:
-    loss = record["val_loss"]
-    shown = "not finite" if loss is None else f"{loss:.4f} (perplexity {record['val_ppl']:.2f})"
-    return f"step {record['step']}/{record['steps']}: held-out loss {shown}, {record['seconds']:.1f} s"
