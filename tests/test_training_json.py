@@ -78,21 +78,22 @@ def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
 
 
 @pytest.mark.parametrize(
-    ("steps", "flags", "interval"),
+    ("steps", "flags", "expected"),
     [
-        (499, {}, 10),
-        (500, {}, 50),
-        (500, {"set": ["optimizer.params.interval=20"]}, 20),
-        (499, {"set": ["optimizer.params.interval=auto"]}, 10),
-        (500, {"set": ["optimizer.params.dense_lr=null"]}, 10),  # one rate for all does not bear 50
-        (500, {"set": ["optimizer.params.dense_lr=4e-3"]}, 10),
-        (500, {"set": ["optimizer.params.lr=1e-3", "optimizer.params.dense_lr=2e-3"]}, 50),
-        (500, {"model": "gpt2", "set": ["optimizer.params.dense_lr=1e-4"]}, 10),  # fine-tuning
+        (499, {}, (10, 4e-3, 1.6e-2)),
+        (500, {}, (50, 2e-3, 1.6e-2)),
+        (500, {"set": ["optimizer.params.interval=20"]}, (20, 4e-3, 1.6e-2)),
+        (500, {"set": ["optimizer.params.interval=auto"]}, (50, 2e-3, 1.6e-2)),
+        (500, {"set": ["optimizer.params.dense_lr=1e-2"]}, (50, 2e-3, 1e-2)),
+        (500, {"set": ["optimizer.params.dense_lr=null"]}, (10, 4e-3, None)),  # one rate for all does not bear 50
+        (500, {"learning_rate": 3e-3}, (10, 3e-3, 1.2e-2)),  # nor does any rate
+        (500, {"model": "gpt2"}, (10, 4e-3, None)),  # fine-tuning
     ],
 )
-def test_the_interval_where_the_json_leaves_it_open(steps, flags, interval):
+def test_interval_and_rates_of_a_long_run(steps, flags, expected):
     args = TrainArguments(deepspeed=str(ROOT / "ds_configs/rso.json"), **flags)
-    assert fill(read_json(args), args, 2, steps, on_gpu=False)["optimizer"]["params"]["interval"] == interval
+    params = fill(read_json(args), args, 2, steps, on_gpu=False)["optimizer"]["params"]
+    assert (params["interval"], params["lr"], params.get("dense_lr")) == expected
 
 
 def test_a_folder_without_weights_begins_with_random_ones(tmp_path):
