@@ -83,6 +83,7 @@ def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
         (499, {}, (10, 4e-3, 1.6e-2)),
         (500, {}, (50, 2e-3, 1.6e-2)),
         (500, {"set": ["optimizer.params.interval=20"]}, (20, 4e-3, 1.6e-2)),
+        (100, {"set": ["optimizer.params.interval=50"]}, (50, 2e-3, 1.6e-2)),
         (500, {"set": ["optimizer.params.interval=auto"]}, (50, 2e-3, 1.6e-2)),
         (500, {"set": ["optimizer.params.dense_lr=1e-2"]}, (50, 2e-3, 1e-2)),
         (500, {"set": ["optimizer.params.dense_lr=null"]}, (10, 4e-3, None)),  # one rate for all does not bear 50

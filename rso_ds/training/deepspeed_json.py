@@ -161,14 +161,16 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
 
 
 def _fill_rso(params: dict[str, Any], steps: int, random: bool) -> None:
-    """Interval and rates, where both are left open; a rate that is given is not second-guessed by another interval."""
+    """Interval and rates, where they are left open. To a rate that is given belongs the default interval, which bears
+    most of them; to a long interval that is given the rate of long runs."""
     long = params.get("interval", AUTO) == AUTO == params.get("lr") and steps >= _LONG_RUN
     long = long and random and params.get("dense_lr") is not None
     if params.get("interval", AUTO) == AUTO:
         params["interval"] = _LONG_INTERVAL if long else _INTERVAL
     if params.get("lr") == AUTO:
         _fill(params, "dense_lr", _DENSE_LR)
-        params["lr"] = _LONG_LR if long else _LR
+        interval = params["interval"]
+        params["lr"] = _LONG_LR if isinstance(interval, int) and interval >= _LONG_INTERVAL else _LR
     else:
         _fill(params, "dense_lr", _DENSE_TIMES * params.get("lr", RSOConfig.lr))
 
