@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("deepspeed")
 from train_workspace import ROOT, STEPS, Workspace
 
+from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.cli import main
 from rso_ds.report.runs import load_runs
 from rso_ds.training.evaluator import Evaluator
@@ -148,6 +149,13 @@ def test_a_damaged_checkpoint_ends_it(copy, capsys):
     file.write_bytes(file.read_bytes()[:-1])
     assert f"{file} is damaged" in refused(capsys, str(copy))
     assert evaluations(copy) == []
+
+
+def test_a_checkpoint_without_a_parameter_of_the_model_ends_it(copy, capsys, monkeypatch):
+    names = StoredModel.names
+    monkeypatch.setattr(StoredModel, "names", lambda self: [n for n in names(self) if n != "model.norm.weight"])
+    (copy / "evaluation.jsonl").unlink()
+    assert "step3 holds no 'model.norm.weight'" in refused(capsys, str(copy))
 
 
 def test_other_data_than_the_run_had(copy, capsys):

@@ -160,12 +160,12 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     return config
 
 
-def _fill_rso(params: dict[str, Any], steps: int, random: bool) -> None:
+def _fill_rso(params: dict[str, Any], steps: int, begins_random: bool) -> None:
     """Interval and rates, where they are left open. To a rate that is given belongs the default interval, which bears
     most of them; to a long interval that is given the rate of long runs."""
-    long = params.get("interval", AUTO) == AUTO == params.get("lr") and steps >= _LONG_RUN
-    long = long and random and params.get("dense_lr") is not None
     if params.get("interval", AUTO) == AUTO:
+        both_rates = params.get("lr") == AUTO and params.get("dense_lr") is not None
+        long = steps >= _LONG_RUN and begins_random and both_rates
         params["interval"] = _LONG_INTERVAL if long else _INTERVAL
     if params.get("lr") == AUTO:
         _fill(params, "dense_lr", _DENSE_LR)

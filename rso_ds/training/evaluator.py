@@ -119,7 +119,7 @@ class Evaluator:
         return self._held_out
 
     def _filled(self, stored: StoredModel) -> Any:
-        """The model with the weights of ``stored``."""
+        """The model with the weights of ``stored``. Raises ``RSOCheckpointError`` if these are not the model's."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         names = stored.names()
@@ -135,6 +135,10 @@ class Evaluator:
                     f" {MODEL_FILES}/config.json describes."
                 )
             state[name].copy_(stored.value(name))
+        filled = {state[name].data_ptr() for name in names}  # tied parameters share their memory
+        for name, parameter in self._model.named_parameters():
+            if parameter.data_ptr() not in filled:
+                raise RSOCheckpointError(f"{stored.path} holds no '{name}', which would be evaluated at random.")
         return self._model
 
 
