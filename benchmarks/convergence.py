@@ -10,10 +10,10 @@ Every variant has two learning rates: that of what is trained in the matrices of
 (embedding, head, norms) as a multiple of it. With the first seed both are searched on a grid of powers of 2, from the
 best of the budget next to this one or from ``--start``: the four neighbours are run, the best becomes the centre, until
 none is better by more than ``NOISE``. With ``--rest`` the rate of the rest is given, and only that in the matrices is
-searched. The best goes on with the other seeds. A seed decides the initial weights, the order of the data and P.
-Results are appended to RESULTS; what is there is not run again, so that an interrupted study goes on, and studies share
-runs. One thread a run, ``--jobs`` runs at a time. GaLore needs
-``galore-torch``, APOLLO ``apollo-torch``, LoRA and ReLoRA ``peft``.
+searched. The best goes on with the other seeds. With ``--at`` nothing is searched. A seed decides the initial weights,
+the order of the data and P. Results are appended to RESULTS; what is there is not run again, so that an interrupted
+study goes on, and studies share runs. One thread a run, ``--jobs`` runs at a time. GaLore needs ``galore-torch``,
+APOLLO ``apollo-torch``, LoRA and ReLoRA ``peft``.
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ class Study:
         self.seeds: int = args.seeds
         self.start: Rates = (args.start[0], args.start[1])
         self.rest: float | None = args.rest
+        self.at: Rates | None = args.at and (args.at[0], args.at[1])
         self.pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
         self.done = read(self.results)
 
@@ -230,8 +231,8 @@ class Study:
 
     def search(self, variants: dict[str, dict[str, Any]], base: dict[str, Any]) -> None:
         """The two rates of each variant with the first seed, then the best of each with the others."""
-        best = {name: self._begin(base, options) for name, options in variants.items()}
-        moving = set(variants)
+        best = {name: self.at or self._begin(base, options) for name, options in variants.items()}
+        moving = set() if self.at else set(variants)
         for _ in range(MOVES):
             stars = {name: [best[name], *self._neighbours(best[name])] for name in variants if name in moving}
             self.run(self._spec(base, variants[n], rates, SEEDS[0]) for n, star in stars.items() for rates in star)
@@ -285,6 +286,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, default=len(SEEDS), help="1 is enough to choose what is worth the others")
     run.add_argument("--start", type=float, nargs=2, default=START, help="rate and multiple where searches begin")
     run.add_argument("--rest", type=float, help="rate of embedding, head, norms: only the other is searched")
+    run.add_argument("--at", type=float, nargs=2, help="rate and multiple of every variant: nothing is searched")
     run.add_argument("--batch", type=int, default=BATCH, help=f"sequences of {SEQ_LEN} tokens in a step")
     run.add_argument("--data", required=True)
     run.add_argument("--shape", default="llama-9m")
