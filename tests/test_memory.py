@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 import rso_ds
 from rso_ds.cli import main
-from rso_ds.memory.account import CARDS, Accountant, model_builder
+from rso_ds.memory.account import CARDS, GIB, Accountant, model_builder
 from rso_ds.memory.kept import KeptRecorder
 from rso_ds.memory.states import Engine
 from rso_ds.memory.trace import LiveBytes, split, trace_training
@@ -193,6 +193,19 @@ def test_few_traced_blocks_stand_for_all():
     assert short.working == pytest.approx(whole.working, rel=0.02)
 
 
+@pytest.mark.parametrize("targets", ["default", ["default", "head"]])
+def test_few_traced_chunks_of_the_loss_stand_for_all(targets, monkeypatch):
+    def traced():
+        config = llama_config("llama-9m")
+        rso = rso_ds.RSOConfig(rank=32, targets=targets)
+        accountant = Accountant(model_builder(config), rso, Engine.from_json({"bf16": {"enabled": True}}, 1))
+        return accountant.account("rso", 5, 1024).trace  # 20 chunks
+
+    short = traced()
+    monkeypatch.setattr("rso_ds.memory.trace.TRACED_CHUNKS", 1000)
+    assert traced() == short
+
+
 def test_gradient_checkpointing_keeps_block_inputs():
     build = builder(torch.float32, "all")
     plain = trace_training(build, BATCH, SEQ)
@@ -299,8 +312,10 @@ def test_the_largest_sizes_fit_and_larger_ones_do_not():
     config = llama_config("llama-350m")
     engine = Engine.from_json({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, 8)
     accountant = Accountant(model_builder(config), rso_ds.RSOConfig(rank=128), engine)
-    for card in (CARDS["24 GB"], CARDS["80 GB"]):
-        batch, seq = accountant.largest("rso", card, 1, 1024)
+    cards = [GIB, CARDS["24 GB"], CARDS["80 GB"]]
+    nothing, *found = accountant.largest("rso", cards, 1, 1024)
+    assert nothing == (0, 0)
+    for card, (batch, seq) in zip(cards[1:], found, strict=True):
         assert accountant.account("rso", batch, 1024).needed <= card * 1.002
         assert accountant.account("rso", batch + 1, 1024).needed > card
         assert accountant.account("rso", 1, seq).needed <= card * 1.002

@@ -24,7 +24,7 @@ def test_import_needs_torch_only():
 def test_the_commands_need_no_deepspeed():
     """The account is for the laptop on which nothing will train."""
     code = "import sys; sys.modules['deepspeed'] = None; from rso_ds.cli import main; main(sys.argv[1:])"
-    flags = ["--deepspeed", "ds_configs/rso_zero2.json", "--model", "llama-9m"]
+    flags = ["--deepspeed", "ds_configs/rso_zero2.json", "--model", "llama-9m", "--vocab-size", "1024"]
     for command in ("check", "memory"):
         done = subprocess.run([sys.executable, "-c", code, command, *flags], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr

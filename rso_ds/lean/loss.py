@@ -25,6 +25,12 @@ def chunk_rows(tokens: int, hidden: int, vocab: int) -> int:
     return min(tokens, max(MIN_CHUNK, -(-tokens * hidden // vocab)))
 
 
+def chunks(tokens: int, hidden: int, vocab: int) -> list[slice]:
+    """The tokens of each chunk."""
+    rows = chunk_rows(tokens, hidden, vocab)
+    return [slice(start, start + rows) for start in range(0, tokens, rows)]
+
+
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -47,9 +53,7 @@ class _SummedLoss(torch.autograd.Function):
             for param, want in ((weight, want_weight), (bias, want_bias), (B, want_b))
         )
         total = hidden.new_zeros((), dtype=wide)
-        rows = chunk_rows(hidden.shape[0], hidden.shape[1], weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in chunks(hidden.shape[0], hidden.shape[1], weight.shape[0]):
             h, target = hidden[part].to(dtype), targets[part]
             logits = h @ w.t() if bias is None else torch.addmm(bias.to(dtype), h, w.t())
             if b is not None:

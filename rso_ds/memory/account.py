@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -27,6 +27,7 @@ CARDS = {"24 GB": int(23.5 * GIB), "40 GB": int(39.4 * GIB), "80 GB": int(78.5 *
 # CUDA context, NCCL, cuBLAS workspaces; and what the allocator cannot use for fragmentation.
 RESERVE, FRAGMENTATION = GIB, 0.05
 TRACED_BLOCKS = 4
+SETTLED = 0.005  # of an answer: what another trace would hardly move
 
 
 @dataclass
@@ -117,12 +118,12 @@ class Accountant:
         result.activations = _activation_lines(result.trace)
         return result
 
-    def largest(self, name: str, card: int, micro_batch: int, seq_len: int) -> tuple[int, int]:
-        """(largest micro batch at ``seq_len``, longest sequence at ``micro_batch``) that fit in ``card``
-        bytes; 0 where none does. Sequences are counted in steps of 64."""
-        batch = _largest(lambda n: self.account(name, n, seq_len).needed, card, micro_batch, 1)
-        length = _largest(lambda n: self.account(name, micro_batch, n).needed, card, seq_len, 64)
-        return batch, length
+    def largest(self, name: str, cards: Sequence[int], micro_batch: int, seq_len: int) -> list[tuple[int, int]]:
+        """For each of ``cards``, bytes in ascending order: (largest micro batch at ``seq_len``, longest
+        sequence at ``micro_batch``) that fit; 0 where none does. Sequences are counted in steps of 64."""
+        batches = _largest(lambda n: self.account(name, n, seq_len).needed, cards, micro_batch, 1)
+        lengths = _largest(lambda n: self.account(name, micro_batch, n).needed, cards, seq_len, 64)
+        return list(zip(batches, lengths, strict=True))
 
     def _model(self, chosen: Method, blocks: int | None = None) -> nn.Module:
         model = self.build(torch.bfloat16 if self.engine.itemsize == 2 else torch.float32, blocks)
@@ -157,22 +158,26 @@ class Accountant:
             )
 
 
-def _largest(need: Callable[[int], int], card: int, start: int, unit: int) -> int:
-    """The largest multiple of ``unit`` whose need is at most ``card``, to within a percent or so.
+def _largest(need: Callable[[int], int], cards: Sequence[int], start: int, unit: int) -> list[int]:
+    """For each card the largest multiple of ``unit`` whose need is at most its size, to within a percent or so.
 
     Activations grow almost in proportion to the tokens (attention has no materialised mask), so a line
-    through two points, drawn again through each answer, settles at once.
+    through two points, drawn again through each answer, settles at once; the next card's begins with this one's.
     """
     here, size = need(start), 2 * start
-    for _ in range(3):
-        slope = (need(size) - here) / (size - start)
-        best = start + math.floor((card - here) / slope)
-        if best < unit:
-            return 0
-        if best == start:
-            break
-        size = best
-    return size // unit * unit
+    found = []
+    for card in cards:
+        for _ in range(3):
+            slope = (need(size) - here) / (size - start)
+            best = start + math.floor((card - here) / slope)
+            settled = abs(best - size) <= SETTLED * size
+            if best < unit or best == start:
+                break
+            size = best
+            if settled:
+                break
+        found.append(max(0, best) // unit * unit)
+    return found
 
 
 def model_builder(hf_config: Any) -> Callable[[torch.dtype, int | None], nn.Module]:

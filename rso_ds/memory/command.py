@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> str:
         )
     largest = {}
     if accounts[0].trace is not None:
-        for card, size in CARDS.items():
-            largest[card] = accountant.largest("adamw" if unknown else "rso", size, args.micro_batch, args.seq_len)
+        name = "adamw" if unknown else "rso"
+        found = accountant.largest(name, list(CARDS.values()), args.micro_batch, args.seq_len)
+        largest = dict(zip(CARDS, found, strict=True))
     sharding = f"ZeRO-{engine.stage}" if engine.kind == "zero" else "FSDP2"
     title = (
         f"{args.model}, {sharding}, {args.gpus} ranks, {engine.precision}, micro batch {args.micro_batch}, sequence"
