@@ -59,6 +59,17 @@ def test_rso_is_told_the_tokens_of_a_step():
     assert params["tokens_per_step"] == 4 * 3 * 128
 
 
+@pytest.mark.parametrize("kind", ["RSO", "AdamW"])
+def test_a_json_without_a_rate_has_the_default(tmp_path, kind):
+    path = tmp_path / "ds.json"
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}
+    path.write_text(json.dumps({"optimizer": {"type": kind}, "scheduler": scheduler}))
+    args = TrainArguments(deepspeed=str(path))
+    config = fill(read_json(args), args, 1, 1000, on_gpu=False)
+    assert config["optimizer"]["params"]["lr"] == config["scheduler"]["params"]["warmup_max_lr"] == 1e-3
+    assert config["optimizer"]["params"].get("interval", 10) == 10
+
+
 @pytest.mark.parametrize(
     ("flags", "lr", "dense_lr"),
     [

@@ -123,6 +123,7 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     warmup = max(2, round(args.warmup * steps))
     params = config["optimizer"]["params"]
+    params.setdefault("lr", RSOConfig.lr)  # the default of DeepSpeed's Adam too; the schedule and the records name it
     if config["optimizer"]["type"] == "RSO":
         _fill_rso(params, steps, _begins_random(args))
     _fill(params, "lr", _ADAMW_LR)
@@ -172,7 +173,7 @@ def _fill_rso(params: dict[str, Any], steps: int, begins_random: bool) -> None:
         interval = params["interval"]
         params["lr"] = _LONG_LR if isinstance(interval, int) and interval >= _LONG_INTERVAL else _LR
     else:
-        _fill(params, "dense_lr", _DENSE_TIMES * params.get("lr", RSOConfig.lr))
+        _fill(params, "dense_lr", _DENSE_TIMES * params["lr"])
 
 
 def _fill(block: dict[str, Any], key: str, value: Any) -> None:
