@@ -70,6 +70,14 @@ def test_a_json_without_a_rate_has_the_default(tmp_path, kind):
     assert config["optimizer"]["params"].get("interval", 10) == 10
 
 
+def test_another_optimizer_needs_a_rate(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"optimizer": {"type": "Lamb"}}))
+    args = TrainArguments(deepspeed=str(path))
+    with pytest.raises(RSOConfigError, match="ds.json: give optimizer.params.lr"):
+        fill(read_json(args), args, 1, 10, on_gpu=False)
+
+
 @pytest.mark.parametrize(
     ("flags", "lr", "dense_lr"),
     [

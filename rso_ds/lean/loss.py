@@ -26,7 +26,7 @@ def chunk_rows(tokens: int, hidden: int, vocab: int) -> int:
 
 
 def chunks(tokens: int, hidden: int, vocab: int) -> list[slice]:
-    """The tokens of each chunk."""
+    """One slice of ``range(tokens)`` for each chunk; all but the last are of equal length."""
     rows = chunk_rows(tokens, hidden, vocab)
     return [slice(start, start + rows) for start in range(0, tokens, rows)]
 

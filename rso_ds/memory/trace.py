@@ -192,7 +192,8 @@ def _no_materialised_mask() -> Iterator[None]:
 
 @contextmanager
 def _few_chunks() -> Iterator[None]:
-    """A small model's loss has hundreds of equal chunks, of which each needs what the second does."""
+    """A small model's loss has hundreds of equal chunks. Each needs what the second does, which still finds
+    what the first has left."""
     every = lean_loss.chunks
     with patch.object(lean_loss, "chunks", lambda *sizes: every(*sizes)[:TRACED_CHUNKS]):
         yield

@@ -112,7 +112,7 @@ def _agreed(config: dict[str, Any], key: str, flag: str, value: int | None) -> i
 def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: int, on_gpu: bool) -> dict[str, Any]:
     """Fill every "auto" that this program knows how to, and the batch sizes. Changes and returns ``config``.
 
-    Raises ``RSOConfigError`` for an "auto" it does not know.
+    Raises ``RSOConfigError`` for an "auto" it does not know and for an unknown optimizer without a rate.
     """
     micro, accumulation = batch_sizes(config, args, world_size)
     config["train_micro_batch_size_per_gpu"] = micro
@@ -123,7 +123,10 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     warmup = max(2, round(args.warmup * steps))
     params = config["optimizer"]["params"]
-    params.setdefault("lr", RSOConfig.lr)  # the default of DeepSpeed's Adam too; the schedule and the records name it
+    if config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
+        params.setdefault("lr", RSOConfig.lr)  # DeepSpeed's Adam has the same default
+    elif "lr" not in params:
+        raise RSOConfigError(f"--deepspeed {args.deepspeed}: give optimizer.params.lr, or --learning-rate.")
     if config["optimizer"]["type"] == "RSO":
         _fill_rso(params, steps, _begins_random(args))
     _fill(params, "lr", _ADAMW_LR)
