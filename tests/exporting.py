@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.checkpoint.export import export_dense
-from rso_ds.checkpoint.stored_model import StoredModel
+from rso_ds.checkpoint.reading import open_model
 
 STEPS = 5  # with interval 3: one boundary, then two steps into the second subspace
 TOKENS = ["default", "embeddings", "head"]
@@ -54,7 +54,7 @@ def logits(model):
 def check_equal(model, folder):
     """Weights as ``dense_state_dict`` has them, bit for bit; returns the loaded model."""
     expected, found = dense_state_dict(model), exported(folder)
-    tied = {name for name, (_, declared) in StoredModel(folder.parent / "run").tied.items() if declared}
+    tied = {name for name, (_, declared) in open_model(folder.parent / "run").tied.items() if declared}
     assert set(found) == {name for name in expected if name not in tied}
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype, name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rso_ds.checkpoint.folder import MANIFEST, sync
 from rso_ds.checkpoint.model_files import copy_model_files, model_files
-from rso_ds.checkpoint.stored_model import StoredModel
+from rso_ds.checkpoint.reading import DenseModel, open_model
 from rso_ds.checkpoint.weights_file import Entry, write_weights
 from rso_ds.errors import RSOCheckpointError, RSOConfigError
 
@@ -51,16 +51,19 @@ def export_dense(
     ``config``: folder with config.json and tokenizer, for a checkpoint without them. ``progress`` is called
     before every tensor.
 
-    Raises ``RSOCheckpointError`` for a damaged checkpoint, one of DeepSpeed's own, and a full disk;
+    Of DeepSpeed's own checkpoints (dense runs) it writes the weights that the optimizer steps, in fp32, and at stage 0
+    those of the model.
+
+    Raises ``RSOCheckpointError`` for a damaged checkpoint and a full disk;
     ``RSOConfigError`` if ``out`` is not empty or there is no config.json. ``out`` appears whole or not at all.
     """
     with new_folder(Path(out)) as folder:
-        model = StoredModel(Path(checkpoint))
+        model = open_model(Path(checkpoint))
         return write_model(model, folder, True, dtype, max_shard_size, config, progress)
 
 
 def write_model(
-    model: StoredModel,
+    model: DenseModel,
     folder: Path,
     merged: bool,
     dtype: torch.dtype | None,

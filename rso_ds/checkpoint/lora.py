@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rso_ds.checkpoint.export import SHARD_SIZE, Exported, Progress, converted_dtype, new_folder, write_model
 from rso_ds.checkpoint.folder import write_text
+from rso_ds.checkpoint.native_model import NativeModel
+from rso_ds.checkpoint.reading import open_model
 from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.checkpoint.weights_file import Entry, write_file
 from rso_ds.errors import RSOConfigError
@@ -37,8 +39,7 @@ def export_lora(
     RSO layers that share one weight.
     """
     with new_folder(Path(out)) as folder:
-        model = StoredModel(Path(checkpoint))
-        _refuse(model)
+        model = _with_subspace(open_model(Path(checkpoint)))
         (folder / BASE).mkdir()
         base = write_model(model, folder / BASE, False, dtype, max_shard_size, config, progress)
         parts = _parts(model)
@@ -53,8 +54,9 @@ def export_lora(
     return Exported(base.tensors + len(entries), base.bytes + size, files, base.dtype, base.config)
 
 
-def _refuse(model: StoredModel) -> None:
-    if not model.layers:
+def _with_subspace(model: StoredModel | NativeModel) -> StoredModel:
+    """``model``, if an adapter can be made of it."""
+    if isinstance(model, NativeModel) or not model.layers:
         raise RSOConfigError(f"--lora: {model.path} is of a run without RSO, which has no subspace: leave --lora out.")
     if model.state["rso"].get("form") == "folded":
         raise RSOConfigError(
@@ -67,6 +69,7 @@ def _refuse(model: StoredModel) -> None:
                 f"--lora: {name} is tied to {first}, and PEFT would train, and merge, two adapters of one weight."
                 " Export without --lora."
             )
+    return model
 
 
 def _parts(model: StoredModel) -> dict[str, tuple[str, str, tuple[int, ...]]]:

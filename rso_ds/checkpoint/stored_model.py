@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rso_ds.checkpoint import folder as folders
-from rso_ds.checkpoint.model_files import MODEL_FILES
-from rso_ds.checkpoint.state import STATE_FILE, read_state
+from rso_ds.checkpoint.state import STATE_FILE
 from rso_ds.checkpoint.storage import StoredTensors
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import merged_weight
@@ -34,25 +32,14 @@ class StoredLayer:
 
 
 class StoredModel:
-    """A checkpoint of any engine, stage and number of ranks, of RSO or of a dense run.
+    """A checkpoint of any engine, stage and number of ranks, of RSO or of a dense run, in this package's format.
 
-    ``checkpoint`` is the folder of one, or a folder of checkpoints whose ``latest`` is taken. Every checksum is
-    verified first. Raises ``RSOCheckpointError`` for one that is missing, damaged, or holds DeepSpeed's own files.
+    ``path``: its folder, whose files have been verified; ``state``: the content of its rso_state.json. Raises
+    ``RSOCheckpointError`` for the state of another version.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.path = _locate(checkpoint)
-        folders.verify(self.path)
-        self.state = read_state(self.path)
-        if "native" in self.state:
-            how = f"run DeepSpeed's own converter, python {self.path / 'zero_to_fp32.py'} {self.path} OUT"
-            if self.state["native"]["stage"] == 0:
-                file = self.path / "deepspeed" / "mp_rank_00_model_states.pt"
-                how = f"the weights are the entry 'module' of {file}"
-            raise RSOCheckpointError(
-                f"{self.path} holds DeepSpeed's own files, of a run without RSO and of ZeRO stage"
-                f" {self.state['native']['stage']}: {how}. config.json and tokenizer are in {self.path / MODEL_FILES}."
-            )
+    def __init__(self, path: Path, state: dict[str, Any]) -> None:
+        self.path, self.state = path, state
         missing = {"rso", "parameters", "replicas", "dense"} - set(self.state)
         if missing:
             raise RSOCheckpointError(
@@ -134,11 +121,3 @@ class StoredModel:
         if name not in self._stored:
             raise RSOCheckpointError(f"{self.path} holds no tensor '{name}', which its {STATE_FILE} names.")
         return self._stored.load(name)
-
-
-def _locate(checkpoint: Path) -> Path:
-    if (checkpoint / folders.MANIFEST).is_file() or (checkpoint / STATE_FILE).is_file():
-        return checkpoint
-    if not checkpoint.is_dir():
-        raise RSOCheckpointError(f"{checkpoint} does not exist: name a checkpoint, or the folder that holds them.")
-    return folders.find(checkpoint)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rso_ds.checkpoint import folder as folders
 from rso_ds.checkpoint.model_files import MODEL_FILES
-from rso_ds.checkpoint.stored_model import StoredModel
+from rso_ds.checkpoint.reading import DenseModel, open_model
 from rso_ds.checkpoint.transaction import read_extra
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.training.arguments import TrainArguments, parse_arguments
@@ -91,7 +91,7 @@ class Evaluator:
     @torch.no_grad()
     def _evaluate(self, path: Path) -> dict[str, Any]:
         start = time.monotonic()
-        stored = StoredModel(path)  # verifies every file
+        stored = open_model(path)  # verifies every file
         client = read_extra(path)["client"]
         if "run" not in client:
             raise RSOCheckpointError(f"{path} was not saved by train.py: its data are not known.")
@@ -118,7 +118,7 @@ class Evaluator:
             self._held_out = PackedTokens(token_file(self.corpus, "held_out", tokenizer, cache), self.settings.seq_len)
         return self._held_out
 
-    def _filled(self, stored: StoredModel) -> Any:
+    def _filled(self, stored: DenseModel) -> Any:
         """The model with the weights of ``stored``. Raises ``RSOCheckpointError`` if these are not the model's."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
