@@ -38,6 +38,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "ninja>=1.11",
             "matplotlib>=3.8",
             "kubeflow-trainer-api>=2.3",

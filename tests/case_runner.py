@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ def run_cases(cases: Mapping[str, Any], run: Callable[[Any], dict[str, Any]], pa
 
     The last thing a worker does: the ranks part at the end.
     """
+    gc.freeze()  # DeepSpeed collects at every start under ZeRO-3, and would look through all imports each time
     results: dict[str, dict[str, Any]] = {}
     for name, spec in cases.items():
         print("CASE", name, flush=True)

@@ -179,10 +179,29 @@ def everything():
     return dense, found
 
 
+@pytest.fixture(scope="module")
+def traces():
+    return {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch, traces):
+    """All plans of the loop are of one model: what one has traced the others take over."""
+    whole = Accountant._traced
+
+    def traced(self, *how):
+        key = (self.checkpointing, self.config, *how)
+        if key not in traces:
+            traces[key] = whole(self, *how)
+        return traces[key]
+
+    monkeypatch.setattr(Accountant, "_traced", traced)
+
+
 @pytest.mark.parametrize("fitting_share", [0.0, 0.1, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize("link", ["100Mbit", "1Tbit"])
 @pytest.mark.parametrize("tflops", ["0.5", "100"])
-def test_the_plan_is_that_of_an_exhaustive_loop(capsys, everything, fitting_share, link, tflops):
+def test_the_plan_is_that_of_an_exhaustive_loop(capsys, everything, traced_once, fitting_share, link, tflops):
     dense, found = everything
     needs = sorted({need for _, need, *_ in found})
     index = int(fitting_share * len(needs))

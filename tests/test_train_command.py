@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 from safetensors.torch import load_file
+from train_ranks import run
 from train_workspace import REAL_TEXT, SAVE, STEPS, Workspace
 
 from rso_ds.cli import main
@@ -141,14 +143,12 @@ def test_adamw_json_trains_densely_with_the_same_command(space):
     assert done.returncode == 0, done.stderr[-3000:]
     assert space.metrics("adamw")[-1]["val_loss"] < space.metrics("adamw")[0]["val_loss"]
     assert "draw" not in space.metrics("adamw")[-1]
-    with pytest.raises(SystemExit, match="RSOCheckpointError: .* of ZeRO stage 2: run DeepSpeed's own converter"):
-        main(["export", str(space.folder / "adamw" / "checkpoints"), str(space.folder / "adamw-exported")])
     assert (space.folder / "adamw" / "checkpoints" / f"step{STEPS}" / "zero_to_fp32.py").is_file()
 
 
 def error_of(done) -> str:
     assert done.returncode != 0
-    found = [line for line in done.stderr.splitlines() if line.startswith("RSO")]
+    found = [line for line in done.stderr.splitlines() if re.match(r"RSO\w*Error: ", line)]
     assert found, done.stderr[-3000:]
     assert "step 1/" not in done.stdout  # before training started
     return found[0]
@@ -163,17 +163,17 @@ def error_of(done) -> str:
     ],
 )
 def test_errors_end_the_command_before_training(space, flags, message):
-    assert message in error_of(space.run("broken", "--deepspeed", "ds_configs/rso.json", *flags, ranks=1))
+    assert message in error_of(run(space, "broken", "--deepspeed", "ds_configs/rso.json", *flags, ranks=1))
 
 
 def test_checkpoint_of_another_model_or_run_is_refused(space, finished):
     source = str(space.folder / "full" / "checkpoints")
-    other_model = space.run("other", "--resume", source, "--set", "optimizer.params.rank_ratio=0.5")
+    other_model = run(space, "other", "--resume", source, "--set", "optimizer.params.rank_ratio=0.5")
     assert "is of another model or rank: layer" in error_of(other_model)
-    assert "holds checkpoints of an earlier run" in error_of(space.run("full", ranks=1))
-    other_steps = space.run("other", "--resume", source, steps=20)
+    assert "holds checkpoints of an earlier run" in error_of(run(space, "full", ranks=1))
+    other_steps = run(space, "other", "--resume", source, steps=20)
     assert "that run had steps = 12, this one 20" in error_of(other_steps)
-    assert "does not exist" in error_of(space.run("other", "--resume", str(space.folder), ranks=1))
+    assert "does not exist" in error_of(run(space, "other", "--resume", str(space.folder), ranks=1))
 
 
 @pytest.mark.skipif(not REAL_TEXT.is_dir(), reason="needs the ELTeC corpus beside the checkout (../shared/data)")

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("deepspeed")
 import torch
 from safetensors.torch import load_file
+from train_ranks import run
 from train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
 
 from rso_ds.checkpoint.export import export_dense
@@ -44,9 +45,9 @@ def space(tmp_path_factory):
 def finished(space):
     done = {}
     for name, flags in RUNS.items():
-        done[name] = space.run(name, *flags)
+        done[name] = run(space, name, *flags)
         assert done[name].returncode == 0, done[name].stdout[-3000:] + done[name].stderr[-3000:]
-    done["hsdp"] = space.run("hsdp", "--engine", "fsdp2", "--replicas", "2", ranks=4)
+    done["hsdp"] = run(space, "hsdp", "--engine", "fsdp2", "--replicas", "2", ranks=4)
     assert done["hsdp"].returncode == 0, done["hsdp"].stdout[-3000:] + done["hsdp"].stderr[-3000:]
     return done
 
@@ -102,7 +103,7 @@ def test_resumes_exactly(space, finished, name):
     copy = f"{name}-resumed"
     shutil.copytree(space.folder / name, space.folder / copy)
     (space.folder / copy / "checkpoints" / "latest").write_text(f"step{SAVE}")
-    done = space.run(copy, "--resume", "auto", *RUNS[name])
+    done = run(space, copy, "--resume", "auto", *RUNS[name])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert losses(space, copy) == losses(space, name)
     assert space.metrics(copy)[-1]["val_loss"] == space.metrics(name)[-1]["val_loss"]
@@ -118,7 +119,7 @@ def test_exported_checkpoint_is_the_model_that_the_run_saved(space, finished, na
 def test_another_engine_continues_in_the_background(space, finished):
     """A checkpoint of DDP, by its own folder, under FSDP2, which saves while it trains."""
     source = str(space.folder / "ddp" / "checkpoints" / f"step{SAVE}")
-    done = space.run("crossed", "--resume", source, "--engine", "fsdp2", "--async-save")
+    done = run(space, "crossed", "--resume", source, "--engine", "fsdp2", "--async-save")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     straight = [m["loss"] for m in space.metrics("ddp") if m["step"] > SAVE]
     assert [m["loss"] for m in space.metrics("crossed")] == pytest.approx(straight, abs=1e-5)
@@ -126,7 +127,7 @@ def test_another_engine_continues_in_the_background(space, finished):
 
 
 def test_deepspeeds_own_optimizers_do_not_save_in_the_background(space):
-    done = space.run("refused", "--deepspeed", "ds_configs/adamw.json", "--async-save")
+    done = run(space, "refused", "--deepspeed", "ds_configs/adamw.json", "--async-save")
     assert done.returncode != 0
     assert "--async-save: DeepSpeed writes the checkpoints of its own optimizers" in done.stdout + done.stderr
 
@@ -142,7 +143,7 @@ def test_deepspeeds_own_optimizers_do_not_save_in_the_background(space):
     ],
 )
 def test_bad_flags(space, flags, message):
-    done = space.run("refused", *flags)
+    done = run(space, "refused", *flags)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
 

@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
-from train_workspace import ROOT, free_port
+from train_workspace import ROOT, STEPS, Workspace, free_port
 
 _IMPORTS = ["deepspeed", "transformers.models.llama.modeling_llama", "rso_ds.training.command", "train_ranks"]
 _context = multiprocessing.get_context("forkserver")
@@ -78,6 +79,14 @@ class TrainRanks:
         """What ranks have printed."""
         logs = self.logs if rank is None else [self.logs[rank]]
         return "\n".join(log.read_text(errors="replace") for log in logs if log.is_file())
+
+
+def run(space: Workspace, output: str, *flags: str, ranks: int = 2, steps: int = STEPS) -> CompletedProcess[str]:
+    """As ``space.run``, without the launcher: ``stdout`` is all that rank 0 prints, ``stderr`` all of every rank."""
+    argv = space.arguments(output, *flags, steps=steps)
+    started = TrainRanks(argv, space.folder / "logs" / output, ranks)
+    codes = started.wait(300)
+    return CompletedProcess(argv, next((code for code in codes if code != 0), 0), started.text(0), started.text())
 
 
 def run_rank(argv: list[str], env: dict[str, str], log: str, before: str) -> None:
