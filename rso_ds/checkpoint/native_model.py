@@ -19,7 +19,8 @@ class NativeModel:
     """A dense run's model, saved under ZeRO ``stage`` into ``path``, whose files have been verified.
 
     From stage 1 on the tensors are the fp32 ones that DeepSpeed's optimizer steps, by DeepSpeed's own converter; at
-    stage 0 those of the model. These files are pickles, which run code when they are read: read your own.
+    stage 0 those of the model. At stages 1 and 2 all of them are in memory at once. These files are pickles, which run
+    code when they are read: read your own.
     Raises ``RSOCheckpointError`` if DeepSpeed cannot read them, or is not installed.
     """
 
@@ -27,7 +28,7 @@ class NativeModel:
         self.path = path
         try:
             tensors = _masters(path) if stage else _of_the_model(path)
-        except (ImportError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a pickle of another version may fail in any way
             raise RSOCheckpointError(
                 f"{path / FOLDER}: DeepSpeed's own files of a run without RSO cannot be read"
                 f" ({type(error).__name__}: {error}). Reading them needs DeepSpeed, best the version that wrote them."
