@@ -10,10 +10,11 @@ prepare()
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other worker needs a core too
 
-# The longest come first, so that no worker is left alone with one of them at the end.
+# The longest come first, so that no worker is left alone with one of them at the end; those of one process beside the
+# cluster, since ranks that have to wait for a core hold up all others.
 LONGEST = (
-    "tests/cluster", "tests/test_deepspeed_equivalence.py", "tests/test_train_engines.py", "tests/test_resume.py",
-    "tests/test_plan.py", "tests/test_train_command.py",
+    "tests/cluster", "tests/test_plan.py", "tests/test_deepspeed_equivalence.py", "tests/test_memory.py",
+    "tests/test_train_engines.py", "tests/test_resume.py", "tests/test_train_command.py",
 )  # fmt: skip
 
 

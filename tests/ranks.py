@@ -12,7 +12,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_ranks(worker: str, out: Path, world_size: int = 2, timeout: float = 900, **env: str) -> None:
+def run_ranks(worker: str, out: Path, world_size: int = 2, timeout: float = 1800, **env: str) -> None:
     """Run ``tests/workers/<worker>.py OUT`` on ``world_size`` ranks; raise with their output on failure."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
