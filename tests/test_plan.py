@@ -181,6 +181,7 @@ def everything():
 
 @pytest.fixture(scope="module")
 def traces():
+    """What ``traced_once`` has found: how -> trace."""
     return {}
 
 

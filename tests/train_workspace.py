@@ -41,7 +41,7 @@ class Workspace:
         return [*place, *BASE, *([] if steps is None else ["--max-steps", str(steps)]), *flags]
 
     def run(self, output: str, *flags: str, ranks: int = 2, steps: int | None = STEPS) -> subprocess.CompletedProcess:
-        """As a user starts it: by DeepSpeed's launcher. (``train_ranks.run`` takes half of the time.)"""
+        """As a user starts it: by DeepSpeed's launcher. (``train_ranks.run`` spares the imports.)"""
         launcher = Path(sys.executable).parent / "deepspeed"
         place = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
         command = [str(launcher), *place, "launch/train.py", *self.arguments(output, *flags, steps=steps)]

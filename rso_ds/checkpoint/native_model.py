@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rso_ds.errors import RSOCheckpointError
 
-FOLDER = "deepspeed"  # within the checkpoint, and the tag under which DeepSpeed saved
+DEEPSPEED_TAG = "deepspeed"  # under which DeepSpeed saves: a folder within the checkpoint
 
 
 class NativeModel:
@@ -30,16 +30,13 @@ class NativeModel:
             tensors = _masters(path) if stage else _of_the_model(path)
         except Exception as error:  # a pickle of another version may fail in any way
             raise RSOCheckpointError(
-                f"{path / FOLDER}: DeepSpeed's own files of a run without RSO cannot be read"
+                f"{path / DEEPSPEED_TAG}: DeepSpeed's own files of a run without RSO cannot be read"
                 f" ({type(error).__name__}: {error}). Reading them needs DeepSpeed, best the version that wrote them."
             ) from error
-        seen: set[Any] = set()
-        self._tensors: dict[str, Any] = {}
+        found: dict[Any, tuple[str, Any]] = {}
         for name, tensor in tensors.items():  # a tied tensor comes under its other names after its first
-            place = tensor.data_ptr() if isinstance(tensor, Tensor) else id(tensor)
-            if place not in seen:
-                self._tensors[name] = tensor
-            seen.add(place)
+            found.setdefault(_place(tensor), (name, tensor))
+        self._tensors: dict[str, Any] = dict(found.values())
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -57,15 +54,20 @@ class NativeModel:
         return tensor
 
 
+def _place(tensor: Any) -> tuple[type, int]:
+    """Equal for the names of one tied tensor: where it lies, or which object stands for it under ZeRO-3."""
+    return type(tensor), tensor.data_ptr() if isinstance(tensor, Tensor) else id(tensor)
+
+
 def _masters(path: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(path), FOLDER, lazy_mode=True)
+        found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(path), DEEPSPEED_TAG, lazy_mode=True)
     return found
 
 
 def _of_the_model(path: Path) -> dict[str, Tensor]:
-    file = path / FOLDER / "mp_rank_00_model_states.pt"
+    file = path / DEEPSPEED_TAG / "mp_rank_00_model_states.pt"
     found: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     return found

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from rso_ds.checkpoint.folder import Retention
 from rso_ds.checkpoint.model_files import write_model_files
-from rso_ds.checkpoint.native_model import FOLDER
+from rso_ds.checkpoint.native_model import DEEPSPEED_TAG
 from rso_ds.checkpoint.transaction import read_checkpoint, serialized, write_checkpoint
 from rso_ds.comm.outcome import agreed
 from rso_ds.errors import RSOCheckpointError
@@ -38,7 +38,7 @@ class NativeCheckpoints:
         model_files: Callable[[Path], object] | None = None,
     ) -> None:
         def write(path: Path) -> None:
-            self._engine.save_checkpoint(str(path), tag=FOLDER)
+            self._engine.save_checkpoint(str(path), tag=DEEPSPEED_TAG)
 
         extra = agreed(lambda: serialized({"client": dict(client_state or {})}))
         state = {"rso": None, "native": self._binds, "score": score}
@@ -59,6 +59,6 @@ class NativeCheckpoints:
             )
         if check is not None:
             agreed(lambda: check(extra["client"]))
-        if self._engine.load_checkpoint(str(path), tag=FOLDER)[0] is None:
+        if self._engine.load_checkpoint(str(path), tag=DEEPSPEED_TAG)[0] is None:
             raise RSOCheckpointError(f"DeepSpeed could not load {path}: see its log above.")
         return path, extra["client"]
