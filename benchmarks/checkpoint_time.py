@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from environment import prepare
+from support.environment import prepare
 
 prepare()
 RANKS = 2

@@ -35,17 +35,17 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "tests" / "cluster", ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
-from comm_cases import LARGE
+from cases.comm_cases import LARGE
 from jobs import FILES, JOB, RANKS, RUN, flags, logs, losses, make_work, nodes_seen, same_end, submit, train_on_one_node
 from virtual_cluster import VirtualCluster, unavailable
 
-from rso_ds.comm.exchange import Exchange, Layout, transfers
-from rso_ds.comm.network import Network
-from rso_ds.ds_json import rso_config
-from rso_ds.memory.account import model_builder
-from rso_ds.memory.command import read_rso_json
-from rso_ds.memory.methods import method
+from rso_ds.deepspeed_json import rso_config
 from rso_ds.models import model_config
+from rso_ds.planning.communication.exchange import Deployment, Exchange, transfers
+from rso_ds.planning.communication.network import Network
+from rso_ds.planning.memory.account import model_builder
+from rso_ds.planning.memory.command import read_rso_json
+from rso_ds.planning.memory.methods import method
 
 PARTS = ("launchers", "limit", "down", "bytes", "collectives")
 STEPS = {"launchers": 6, "limit": 700, "down": 150}
@@ -207,7 +207,7 @@ def pauses(starts: list[dict[str, Any]]) -> dict[str, float]:
 def bytes_between(cluster: VirtualCluster, work: Path) -> list[dict[str, Any]]:
     base = json.loads((ROOT / "ds_configs" / "rso_zero3.json").read_text()) | {"bf16": {"enabled": False}}
     rows = []
-    for layout, (changes, engine, replicas) in LAYOUTS.items():
+    for deployment, (changes, engine, replicas) in LAYOUTS.items():
         for name, params in METHODS.items():
             rso = {"type": "RSO", "params": base["optimizer"]["params"] | (params or {})}
             config = base | changes | {"optimizer": rso}
@@ -218,7 +218,7 @@ def bytes_between(cluster: VirtualCluster, work: Path) -> list[dict[str, Any]]:
             more = ["--engine", engine, "--replicas", str(replicas)] if engine != "zero" else []
             sent = {}
             for steps in (10, 40):
-                output = work / re.sub(r"\W+", "-", f"bytes-{layout}-{name}-{steps}")
+                output = work / re.sub(r"\W+", "-", f"bytes-{deployment}-{name}-{steps}")
                 run = RUN.replace("ds_configs/rso_zero2.json", str(file))
                 before = cluster.bytes_sent("n1")
                 train = [*flags(steps, output, run), *more]
@@ -226,7 +226,7 @@ def bytes_between(cluster: VirtualCluster, work: Path) -> list[dict[str, Any]]:
                 sent[steps] = cluster.bytes_sent("n1") - before
             ring, gloo = predict(asked, engine, replicas, "adamw" if params is None else "rso")
             measured = (sent[40] - sent[10]) / 30
-            rows.append({"layout": layout, "method": name, "measured": measured, "ring": ring, "gloo": gloo})
+            rows.append({"layout": deployment, "method": name, "measured": measured, "ring": ring, "gloo": gloo})
             rows[-1]["of gloo"] = measured / gloo
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -246,15 +246,15 @@ def predict(file: Path, engine: str, replicas: int, name: str) -> tuple[float, f
     (see the part collectives)."""
     config = read_rso_json(str(file))
     rso = rso_config(config)
-    layout = Layout.from_json(config, RANKS, engine, replicas)
+    deployment = Deployment.from_json(config, RANKS, engine, replicas)
     chosen = method(name, rso)
     with FakeTensorMode():
         model = model_builder(model_config("llama-9m", 512, 2048))(torch.float32, None)
         chosen.prepare(model)
-        sent = transfers(Exchange.of(model, rso), layout)
+        sent = transfers(Exchange.of(model, rso), deployment)
     network = Network(nodes=2, link=1.0, intra_link=1.0)
-    ring = network.crossing(sent, layout)
-    return ring, ring + network.crossing([t for t in sent if t.op == "reduce_scatter"], layout)
+    ring = network.crossing(sent, deployment)
+    return ring, ring + network.crossing([t for t in sent if t.op == "reduce_scatter"], deployment)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rso_ds.cluster.environment import adopt
+from rso_ds.comm.launch import export_launch_environment
 from rso_ds.comm.ring import wire_bytes
 
 NUMBERS = 1 << 20  # fp32: 4 MiB
@@ -34,7 +34,7 @@ def run(op: str, group: dist.ProcessGroup, ranks: int) -> int:
     return 4 * (part if op == "all_gather" else whole).numel()
 
 
-launch = adopt()
+launch = export_launch_environment()
 dist.init_process_group("gloo")
 half = launch.world_size // 2
 pairs = [dist.new_group([i, i + half]) for i in range(half)]

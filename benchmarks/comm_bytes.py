@@ -21,8 +21,8 @@ import torch
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from environment import prepare
-from ranks import run_ranks
+from support.environment import prepare
+from support.ranks import run_ranks
 
 prepare()
 

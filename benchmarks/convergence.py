@@ -37,9 +37,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from rso_ds.models import llama_config
-from rso_ds.training.corpus import Corpus
-from rso_ds.training.dataset import PackedTokens, token_file
-from rso_ds.training.tokenization import load_tokenizer
+from rso_ds.recipes.data.corpus import Corpus
+from rso_ds.recipes.data.dataset import PackedTokens, token_file
+from rso_ds.recipes.data.tokenization import load_tokenizer
 
 SEQ_LEN, BATCH = 128, 16
 HELD_OUT_TOKENS, ON_THE_WAY = 100_000, 16_384  # at the end, and before

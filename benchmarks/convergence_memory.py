@@ -10,8 +10,8 @@ import torch
 from convergence_methods import build
 from transformers import AutoModelForCausalLM
 
-from rso_ds.memory.kept import KeptRecorder
 from rso_ds.models import llama_config
+from rso_ds.planning.memory.kept import KeptRecorder
 
 
 def held(spec: dict[str, Any], batch: int, seq_len: int) -> dict[str, int]:

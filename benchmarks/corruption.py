@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from environment import prepare
-from ranks import run_ranks
+from support.environment import prepare
+from support.ranks import run_ranks
 
 prepare()
 ENGINES = {

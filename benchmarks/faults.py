@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
-from train_ranks import TrainRanks
-from train_workspace import Workspace
+from support.train_ranks import TrainRanks
+from support.train_workspace import Workspace
 
 from rso_ds.checkpoint.storage import StoredTensors
-from rso_ds.training.signals import EXIT_REQUEUE
+from rso_ds.recipes.training.signals import EXIT_REQUEUE
 
 FLAGS = ["--seq-len", "32", "--global-batch", "4", "--micro-batch", "2", "--vocab-size", "400", "--log-interval", "1"]
 FLAGS += ["--eval-interval", "1000000", "--eval-tokens", "128", "--sample-tokens", "0", "--timeout", "30"]

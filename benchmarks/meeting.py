@@ -1,4 +1,4 @@
-"""What the ranks' meeting after every step costs (rso_ds.training.steps.Meeting): a reduction of 16 bytes by gloo.
+"""What the ranks' agreement after every step costs (rso_ds.recipes.training.steps.StepSync): 16 bytes by gloo.
 
     python benchmarks/meeting.py --ranks 2 4
 
@@ -20,17 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
-from train_workspace import free_port
+from support.train_workspace import free_port
 
 from rso_ds.comm.counter import install
-from rso_ds.training.distributed import Place
-from rso_ds.training.steps import Meeting
+from rso_ds.comm.rank_context import RankContext
+from rso_ds.recipes.training.steps import StepSync
 
 
 def rank_main(rank: int, ranks: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    meeting = Meeting(Place(rank, rank, ranks, False), install(), 60)
+    meeting = StepSync(RankContext(rank, rank, ranks, False), install(), 60)
     times = []
     for i in range(2200):
         began = time.perf_counter()

@@ -26,9 +26,9 @@ from peak import Peak
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rso_ds
-from rso_ds.memory.kept import KeptRecorder, by_kind
-from rso_ds.memory.trace import trace_training
 from rso_ds.models import LLAMA_SHAPES, llama_config
+from rso_ds.planning.memory.kept import KeptRecorder, by_kind
+from rso_ds.planning.memory.trace import trace_training
 
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,8 +2,9 @@
 
     python benchmarks/resume_matrix.py --json resume_matrix.json
 
-Runs the cases of tests/test_resume.py (13 steps, an interval of 3, saved after step 7 in the middle of a subspace, two
-and four gloo ranks, new processes to continue) and prints the largest differences of losses and weights from the
+Runs the cases of tests/checkpoint/test_resume.py (13 steps, an interval of 3, saved after step 7 in the
+middle of a subspace, two and four gloo ranks, new processes to continue) and prints the largest differences of losses
+and weights from the
 uninterrupted run as Markdown.
 """
 
@@ -21,9 +22,9 @@ import torch
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from environment import prepare
-from ranks import run_ranks
-from resume_cases import CHAINS, CROSSINGS, SAVE, four_rank_cases, two_rank_cases
+from cases.resume_cases import CHAINS, CROSSINGS, SAVE, four_rank_cases, two_rank_cases
+from support.environment import prepare
+from support.ranks import run_ranks
 
 prepare()
 PHASES = {"first": 1, "save": 2, "resume": 2, "save4": 4, "resume4": 4, "last": 1}

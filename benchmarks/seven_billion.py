@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import rso_ds
-from rso_ds.memory.measured import split_of_state
 from rso_ds.models import LLAMA_SHAPES, llama_config
+from rso_ds.planning.memory.measured import split_of_state
 
 GIB = 2**30
 

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM
 
 import rso_ds
 from rso_ds.comm import install
-from rso_ds.memory.kept import KeptRecorder
 from rso_ds.models import LLAMA_SHAPES, llama_config
+from rso_ds.planning.memory.kept import KeptRecorder
 
 LR = 1e-3
 CUDA = torch.cuda.is_available()

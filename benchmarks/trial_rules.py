@@ -15,8 +15,8 @@ from torch import Tensor
 
 import rso_ds
 from rso_ds.layers import SubspaceLayer
-from rso_ds.optim import CarryOver
-from rso_ds.optim.groups import IS_SUBSPACE
+from rso_ds.solvers import CarryOver
+from rso_ds.solvers.groups import IS_SUBSPACE
 from rso_ds.subspace import Subspace, projection_seed
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rso_ds
 from rso_ds.checkpoint import save_dense
-from rso_ds.memory.kept import KeptRecorder
+from rso_ds.planning.memory.kept import KeptRecorder
 
 
 def trained(model: torch.nn.Module) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
-from rso_ds.finetuning.command import main
+from rso_ds.recipes.finetuning.command import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing
 
-from rso_ds.training.command import run_process
+from rso_ds.recipes.training.command import run_process
 
 if __name__ == "__main__":
     run_process()

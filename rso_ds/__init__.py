@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from rso_ds.config import RSOConfig
-from rso_ds.engines.deepspeed_import import watch_deepspeed
 from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import (
     RSOCheckpointError,
@@ -21,6 +20,7 @@ from rso_ds.errors import (
     RSOReplicaError,
     RSOUnsupportedError,
 )
+from rso_ds.integrations.deepspeed_import import watch_deepspeed
 from rso_ds.layers import RSOEmbedding, RSOLinear, convert, summary_table, to_dense
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ With ``form: "folded"`` the first two of these (W <- W + B P^T, B <- 0) happen a
 well: W then always holds B P^T. A step of Adam or SGD does not depend on the B it starts from, so both forms take the
 same steps, up to rounding.
 
-(arXiv 2502.07222, outer loop of the method.) An engine supplies a ``Shards``: where W, B and the
+(arXiv 2502.07222, outer loop of the method.) An engine supplies a ``Layout``: where W, B and the
 solver state live on this rank. The boundary never communicates anything of the size of W.
 """
 
@@ -29,7 +29,7 @@ from rso_ds.comm.counter import install as traffic
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOCheckpointError, RSOReplicaError, RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer, round_stochastically
-from rso_ds.optim.carry_over import CARRY_OVER, rotation
+from rso_ds.solvers.carry_over import CARRY_OVER, rotation
 from rso_ds.subspace import Subspace, projection_seed
 
 
@@ -49,7 +49,7 @@ class SolverShard:
     masters: list[Tensor] = field(default_factory=list)
 
 
-class Shards(Protocol):
+class Layout(Protocol):
     """What an engine tells the boundary about one rank. All ranks make the same calls in the same order."""
 
     device: torch.device
@@ -74,7 +74,7 @@ class Shards(Protocol):
     def solver_part(self, param: Any) -> SolverShard:
         """This rank's part of the solver state of a B."""
 
-    def cuts(self, layer: SubspaceLayer) -> list[int]:
+    def shard_boundaries(self, layer: SubspaceLayer) -> list[int]:
         """Element indices of B.flatten() at which ownership passes from one rank to another."""
 
     def restart_step(self) -> None:
@@ -121,7 +121,7 @@ class Boundary:
         self,
         config: RSOConfig,
         layers: dict[str, SubspaceLayer],
-        shards: Shards,
+        layout: Layout,
         weight_decays: Sequence[float],
         lr_groups: Sequence[int],
         dense: Mapping[str, Any] | None = None,
@@ -130,7 +130,7 @@ class Boundary:
             raise RSOUnsupportedError(
                 "'merge_rounding': 'stochastic' is for bf16 weights and these are fp16: use 'master_weights', or bf16."
             )
-        if config.form == "folded" and shards.merge_sends_weights:
+        if config.form == "folded" and layout.merge_sends_weights:
             raise RSOUnsupportedError(
                 "'form': 'folded' merges at every step, and with 'master_weights' where every rank holds W whole a"
                 " merge sends W: use 'form': 'two_path', ZeRO-3 or FSDP2, or 'merge_rounding': 'stochastic' in place of"
@@ -138,7 +138,7 @@ class Boundary:
             )
         self.config = config
         self.layers = layers
-        self.shards = shards
+        self.layout = layout
         self.applied_steps = 0
         self.draw = 0
         self.skipped_steps = 0  # gradients not finite: neither applied nor counted towards the interval
@@ -167,22 +167,22 @@ class Boundary:
     def fold(self) -> None:
         """Merge and zero B, and stay in the subspace with the solver's state as it is."""
         with traffic().phase("boundary"):
-            self.shards.begin()
+            self.layout.begin()
             rounding = self._rounding()
             for i, (name, layer) in enumerate(self.layers.items()):
-                P = layer.subspace.current(self.shards.device, layer.weight.dtype)
-                self.shards.merge(name, layer, P, self._decay[i], rounding)
+                P = layer.subspace.current(self.layout.device, layer.weight.dtype)
+                self.layout.merge(name, layer, P, self._decay[i], rounding)
                 self._zero(layer)
             self._decay = [1.0] * len(self._decay)
-            self.shards.end()
+            self.layout.end()
 
     def _rounding(self) -> Rounding:
         return Rounding(self.config.merge_rounding, self.config.seed, self.applied_steps)
 
     def _zero(self, layer: SubspaceLayer) -> None:
-        for master in self.shards.solver_part(layer.B).masters:
+        for master in self.layout.solver_part(layer.B).masters:
             master.zero_()
-        self.shards.zero(layer)
+        self.layout.zero(layer)
 
     @torch.no_grad()
     def cross(self) -> None:
@@ -191,9 +191,9 @@ class Boundary:
             self._cross()
 
     def _cross(self) -> None:
-        self.shards.begin()
+        self.layout.begin()
         if self.config.communicate == "boundary":
-            self.shards.average()
+            self.layout.average()
         if self.before_merge is not None:
             self.before_merge()
         split_rows = self._collect_split_rows() if self._carry_over.needs_whole_rows else {}
@@ -204,26 +204,26 @@ class Boundary:
             members.setdefault(id(layer.subspace), []).append(i)
         for subspace in self.subspaces:
             first_weight = named[members[id(subspace)][0]][1].weight
-            p_old = subspace.current(self.shards.device, first_weight.dtype)
-            p_new = subspace.sample(self.draw + 1, self.shards.device, p_old.dtype)
+            p_old = subspace.current(self.layout.device, first_weight.dtype)
+            p_new = subspace.sample(self.draw + 1, self.layout.device, p_old.dtype)
             turn = rotation(p_old, p_new, subspace.in_features) if self._carry_over.needs_rotation else None
             for i in members[id(subspace)]:
                 name, layer = named[i]
-                self.shards.merge(name, layer, p_old, self._decay[i], rounding)
+                self.layout.merge(name, layer, p_old, self._decay[i], rounding)
                 self._carry(i, layer, turn, split_rows)
                 self._zero(layer)
             subspace.move_to(self.draw + 1, p_new)
         if self._carry_over.restarts_step:
-            self.shards.restart_step()
+            self.layout.restart_step()
         self.draw += 1
         self._decay = [1.0] * len(self._decay)
-        self.shards.end()
+        self.layout.end()
         self.check_replicas()
 
     def _carry(
         self, index: int, layer: SubspaceLayer, turn: Tensor | None, split_rows: dict[tuple[int, int], Tensor]
     ) -> None:
-        shard = self.shards.solver_part(layer.B)
+        shard = self.layout.solver_part(layer.B)
         if shard.first is None or shard.start == shard.stop:
             return
         rank = layer.subspace.rank
@@ -258,33 +258,33 @@ class Boundary:
         keys: list[tuple[int, int]] = []
         for i, layer in enumerate(self.layers.values()):
             rank = layer.subspace.rank
-            keys += [(i, row) for row in sorted({c // rank for c in self.shards.cuts(layer) if c % rank})]
+            keys += [(i, row) for row in sorted({c // rank for c in self.layout.shard_boundaries(layer) if c % rank})]
         if not keys:
             return {}
         layers = list(self.layers.values())
         widest = max(layers[i].subspace.rank for i, _ in keys)
-        table = torch.zeros(len(keys), 2, widest, dtype=torch.float32, device=self.shards.device)
+        table = torch.zeros(len(keys), 2, widest, dtype=torch.float32, device=self.layout.device)
         for entry, (i, row) in zip(table, keys, strict=True):
             rank = layers[i].subspace.rank
-            shard = self.shards.solver_part(layers[i].B)
+            shard = self.layout.solver_part(layers[i].B)
             lo, hi = max(shard.start, row * rank), min(shard.stop, (row + 1) * rank)
             if shard.first is None or lo >= hi:
                 continue
             for k, state in enumerate((shard.first, shard.second)):
                 if state is not None:
                     entry[k, lo - row * rank : hi - row * rank] = state[lo - shard.start : hi - shard.start]
-        self.shards.sum_over_ranks(table)
+        self.layout.sum_over_ranks(table)
         return {(i, row): entry[:, : layers[i].subspace.rank] for entry, (i, row) in zip(table, keys, strict=True)}
 
     def check_replicas(self) -> None:
         """Raise ``RSOReplicaError`` on every rank, naming the first tensor of which ranks hold different bits: a
-        P, or what they hold copies of (``Shards.replicated``). One int64 a tensor is exchanged."""
+        P, or what they hold copies of (``Layout.replicated``). One int64 a tensor is exchanged."""
         projections = [(f"P of {s.name}", s.P) for s in self.subspaces if s.P is not None]
-        weights = self.shards.replicated(self._dense)
+        weights = self.layout.replicated(self._dense)
         sums = [self._checksums(projections)]
         if weights:
-            sums.append(self.shards.whole(self._checksums(weights)))
-        low, high = self.shards.extremes_over_ranks(torch.cat(sums))
+            sums.append(self.layout.whole(self._checksums(weights)))
+        low, high = self.layout.extremes_over_ranks(torch.cat(sums))
         names = [name for name, _ in (*projections, *weights)]
         differing = [name for name, bad in zip(names, (low != high).tolist(), strict=True) if bad]
         if differing:
@@ -297,21 +297,21 @@ class Boundary:
             )
 
     def _checksums(self, tensors: Sequence[tuple[str, Tensor]]) -> Tensor:
-        return torch.stack([_checksum(t) for _, t in tensors]).to(self.shards.device)
+        return torch.stack([_checksum(t) for _, t in tensors]).to(self.layout.device)
 
-    def meet(self) -> None:
+    def average_replicas(self) -> None:
         """After local steps: average what the ranks have done since the last boundary, so that they hold one
         model. Merges nothing and counts nothing; does nothing where ranks exchange at every step."""
         if self.config.communicate == "boundary":
             with traffic().phase("boundary"):
-                self.shards.begin()
-                self.shards.average()
-                self.shards.end()
+                self.layout.begin()
+                self.layout.average()
+                self.layout.end()
 
     def materialize(self) -> None:
         """Draw the current P of every group, so that no forward pass has to."""
         for layer in self.layers.values():
-            layer.subspace.current(self.shards.device, layer.weight.dtype)
+            layer.subspace.current(self.layout.device, layer.weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain ints, floats and strings: all that P and the count of steps depend on."""

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import torch
 
 from rso_ds.checkpoint import command as export
-from rso_ds.cluster import plan_command as plan
-from rso_ds.cluster.doctor import command as doctor
-from rso_ds.comm import command as comm
 from rso_ds.config import RSOConfig
-from rso_ds.ds_json import refuse_unsupported, rso_config
+from rso_ds.deepspeed_json import refuse_unsupported, rso_config
+from rso_ds.doctor import command as doctor
 from rso_ds.errors import RSOError
-from rso_ds.memory import command as memory
-from rso_ds.report import command as report
-from rso_ds.training import evaluate
+from rso_ds.planning.communication import command as comm
+from rso_ds.planning.memory import command as memory
+from rso_ds.planning.plan import command as plan
+from rso_ds.recipes.evaluation import command as evaluate
+from rso_ds.recipes.report import command as report
 
 
 def main(argv: Sequence[str] | None = None) -> None:

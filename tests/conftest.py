@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import pytest
-from environment import prepare
+from support.environment import prepare
 
 prepare()
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,8 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The longest come first, so that no worker is left alone with one of them at the end; those of one process beside the
 # cluster, since ranks that have to wait for a core hold up all others.
 LONGEST = (
-    "tests/cluster", "tests/test_plan.py", "tests/test_deepspeed_equivalence.py", "tests/test_memory.py",
-    "tests/test_train_engines.py", "tests/test_resume.py", "tests/test_train_command.py",
+    "tests/cluster", "tests/cli/test_plan.py", "tests/engines/test_deepspeed_equals_reference.py",
+    "tests/unit/test_memory_account.py", "tests/cli/test_train_engines.py", "tests/checkpoint/test_resume.py",
+    "tests/cli/test_train.py",
 )  # fmt: skip
 
 

@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rso_ds.config import RSOConfig
 from rso_ds.engines.local_steps import keep_gradients_local
-from rso_ds.engines.replicated import ReplicatedShards
+from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
 
 
-def replicated_shards(
+def replicated_layout(
     model: nn.Module, layers: Mapping[str, SubspaceLayer], solver: torch.optim.Optimizer, config: RSOConfig
-) -> ReplicatedShards:
-    """Shards of a bare or DDP-wrapped ``model``.
+) -> ReplicatedLayout:
+    """The layout of a bare or DDP-wrapped ``model``.
 
     Raises ``RSOUnsupportedError`` for a bare model among several ranks, whose gradients nobody would average.
     """
@@ -33,4 +33,4 @@ def replicated_shards(
     if config.communicate == "boundary":
         keep_gradients_local(model)
     device = next(iter(layers.values())).weight.device
-    return ReplicatedShards(layers, solver, device, group=group, master_weights=config.master_weights)
+    return ReplicatedLayout(layers, solver, device, group=group, master_weights=config.master_weights)

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor, Shard
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.config import RSOConfig
 from rso_ds.engines.local_steps import average_
-from rso_ds.engines.replicated import ReplicatedShards, moments
+from rso_ds.engines.replicated import ReplicatedLayout, moments
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
-from rso_ds.optim.finite import gradients_finite
+from rso_ds.solvers.finite import gradients_finite
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
@@ -39,7 +39,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-class FSDPShards(ReplicatedShards):
+class FSDPLayout(ReplicatedLayout):
     """``model`` has been through ``rso_ds.convert``, then ``fully_shard``.
 
     ``replicas``: for local steps, the process group of the ranks that hold the same rows; ``fully_shard`` was

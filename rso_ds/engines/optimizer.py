@@ -17,13 +17,13 @@ from rso_ds.checkpoint import Checkpointer, TrainingState
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
 from rso_ds.config import RSOConfig
-from rso_ds.engines.ddp import replicated_shards
-from rso_ds.engines.fsdp2 import FSDPShards, is_sharded, refuse_fsdp1
-from rso_ds.engines.replicated import ReplicatedShards
+from rso_ds.engines.ddp import replicated_layout
+from rso_ds.engines.fsdp2 import FSDPLayout, is_sharded, refuse_fsdp1
+from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
-from rso_ds.form import settle_form
 from rso_ds.layers import check_conversion, rso_layers
-from rso_ds.optim.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
+from rso_ds.layers.form import settle_form
+from rso_ds.solvers.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
 
 
 def build_solver(groups: list[dict[str, Any]], config: RSOConfig) -> torch.optim.Optimizer:
@@ -86,19 +86,19 @@ class RSO(torch.optim.Optimizer):
         bare, config = self._bare, self._config
         layers = dict(rso_layers(bare))
         decays, where = layer_groups(layers, self.param_groups)
-        self._shards: ReplicatedShards
+        self._layout: ReplicatedLayout
         if is_sharded(model):
-            self._shards = FSDPShards(model, layers, self.solver, config, replicas)
+            self._layout = FSDPLayout(model, layers, self.solver, config, replicas)
         elif replicas is not None:
             raise RSOUnsupportedError("replicas= is for models that fully_shard has cut: leave it out.")
         else:
-            self._shards = replicated_shards(model, layers, self.solver, config)
-        self._config, self.form = settle_form(bare, config, layers.values(), decays, self._shards.merge_sends)
+            self._layout = replicated_layout(model, layers, self.solver, config)
+        self._config, self.form = settle_form(bare, config, layers.values(), decays, self._layout.merge_sends)
         ids = {id(p) for group in self.param_groups if not group[IS_SUBSPACE] for p in group["params"]}
         dense = {name: p for name, p in bare.named_parameters() if id(p) in ids}
         if config.communicate == "boundary":
-            self._shards.step_apart(list(dense.values()), config.outer_momentum)
-        self.boundary = Boundary(self._config, layers, self._shards, decays, where, dense)
+            self._layout.step_apart(list(dense.values()), config.outer_momentum)
+        self.boundary = Boundary(self._config, layers, self._layout, decays, where, dense)
         self.boundary.materialize()
         self.boundary.check_replicas()
 
@@ -113,14 +113,14 @@ class RSO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._shards.begin_step()
+        self._layout.begin_step()
         lrs = [float(group["lr"]) for group in self.param_groups]
-        self.step_was_applied = self._shards.finite(p for group in self.param_groups for p in group["params"])
+        self.step_was_applied = self._layout.finite(p for group in self.param_groups for p in group["params"])
         if self.step_was_applied:
             self.solver.step()
         else:
             self.boundary.skipped_steps += 1
-        if self.step_was_applied or self._shards.replicas > 1:
+        if self.step_was_applied or self._layout.replicas > 1:
             self.boundary.step_applied(lrs)
         return loss
 
@@ -132,12 +132,12 @@ class RSO(torch.optim.Optimizer):
     def meet(self) -> None:
         """After local steps (``communicate: "boundary"``): average the ranks' models now, before saving or
         evaluating one of them between two boundaries. All ranks call this together."""
-        self.boundary.meet()
+        self.boundary.average_replicas()
 
     def checkpointer(self, **extras: Any) -> Checkpointer:
         """Saves and loads the whole run: model, solver, boundary, random state, and each of ``extras`` (objects
         with state_dict and load_state_dict, say ``scheduler=scheduler``). Every rank makes one."""
-        return Checkpointer(TrainingState(self._bare, self._shards, self.boundary), extras)
+        return Checkpointer(TrainingState(self._bare, self._layout, self.boundary), extras)
 
     def follow_solver(self) -> None:
         """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""
@@ -148,7 +148,7 @@ class RSO(torch.optim.Optimizer):
 
     def _kept_rows(self) -> dict[str, dict[str, torch.Tensor]]:
         """What the merge keeps beside W on this rank: fp32 masters and outer momentum."""
-        keepers = {"masters": self._shards.weight_masters, "outer_momentum": self._shards.outer}
+        keepers = {"masters": self._layout.weight_masters, "outer_momentum": self._layout.outer}
         return {what: dict(keeper.rows) for what, keeper in keepers.items() if keeper is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,10 +163,10 @@ class RSO(torch.optim.Optimizer):
             )
         self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
         self.follow_solver()
-        if self._shards.weight_masters is not None:
+        if self._layout.weight_masters is not None:
             masters = state_dict["rso_rows"]["masters"]
-            self._shards.weight_masters.rows = {name: rows.clone() for name, rows in masters.items()}
-        if self._shards.outer is not None:
-            for name, rows in self._shards.outer.rows.items():
+            self._layout.weight_masters.rows = {name: rows.clone() for name, rows in masters.items()}
+        if self._layout.outer is not None:
+            for name, rows in self._layout.outer.rows.items():
                 rows.copy_(state_dict["rso_rows"]["outer_momentum"][name])
         self.boundary.load_state_dict(state_dict["rso"])

@@ -1,4 +1,4 @@
-"""Shards of engines in which every rank holds W and B in full."""
+"""The layout of engines in which every rank holds W and B in full."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.engines.local_steps import OuterMomentum, average_
-from rso_ds.engines.masters import WeightMasters
 from rso_ds.layers import SubspaceLayer, changed_columns, merge_, write_columns_
 from rso_ds.layers.partitioned import flat_memory
-from rso_ds.optim.finite import gradients_finite
+from rso_ds.solvers.finite import gradients_finite
+from rso_ds.weights.masters import WeightMasters
 
 # Names under which solvers keep the moments of a parameter.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -50,7 +50,7 @@ def blank_state(solver: torch.optim.Optimizer, key: Any) -> dict[str, Any]:
     return {"step": step, "exp_avg": torch.zeros_like(key), "exp_avg_sq": torch.zeros_like(key)}
 
 
-class ReplicatedShards:
+class ReplicatedLayout:
     """W and B whole on each rank, the solver state of each B one tensor of a torch optimizer.
 
     ``masters`` maps the id of each B to the fp32 copy that the solver updates, where there is one;
@@ -214,7 +214,7 @@ class ReplicatedShards:
     def reloaded(self) -> None:
         """Called after a checkpoint has filled the memory that the methods above have shown."""
 
-    def cuts(self, layer: SubspaceLayer) -> list[int]:
+    def shard_boundaries(self, layer: SubspaceLayer) -> list[int]:
         return []
 
     def restart_step(self) -> None:

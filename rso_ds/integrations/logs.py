@@ -8,8 +8,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rso_ds.boundary import Boundary
 from rso_ds.comm.counter import install
-from rso_ds.memory.peak import peak_memory_bytes
-from rso_ds.observer import Observer
+from rso_ds.engines.observer import Observer
+from rso_ds.planning.memory.peak import peak_memory_bytes
 
 
 def with_subspace_logs(trainer_class: type[Trainer]) -> type[Trainer]:

@@ -19,7 +19,7 @@ from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.layers import convert, rso_layers, summary_table
-from rso_ds.optim.groups import decay_groups
+from rso_ds.solvers.groups import decay_groups
 
 TAG = "rso"  # RSO's own checkpoint inside Trainer's folder checkpoint-N
 # Keys of RSOConfig that TrainingArguments has under another name.

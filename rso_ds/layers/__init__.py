@@ -5,8 +5,8 @@ from rso_ds.layers.convert import Conversion, check_conversion, convert, dense_l
 from rso_ds.layers.embedding import RSOEmbedding, subspace_embedding
 from rso_ds.layers.functional import subspace_linear
 from rso_ds.layers.linear import RSOLinear
-from rso_ds.layers.merge import changed_columns, merge_, merged_weight, round_stochastically, write_columns_
 from rso_ds.layers.summary import parameter_counts, summary_table
+from rso_ds.weights.merge import changed_columns, merge_, merged_weight, round_stochastically, write_columns_
 
 __all__ = [
     "Conversion",

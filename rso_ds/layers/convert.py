@@ -16,13 +16,13 @@ from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
 from rso_ds.layers.foreign import refuse_foreign
 from rso_ds.layers.linear import RSOLinear
-from rso_ds.layers.merge import merged_weight
 from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, whole
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
 from rso_ds.layers.ties import tied_targets
-from rso_ds.lean import apply_lean, pass_on, remove_lean
+from rso_ds.saved import apply_lean, pass_on, remove_lean
 from rso_ds.subspace import Subspace
+from rso_ds.weights.merge import merged_weight
 
 
 @dataclass
@@ -41,7 +41,7 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
 
     W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
     the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
-    the block becomes lean as ``config.lean`` says (``rso_ds.lean``). Layers whose weight the caller has frozen
+    the block becomes lean as ``config.lean`` says (``rso_ds.saved``). Layers whose weight the caller has frozen
     stay as they are. Works on plain models, on the meta device, and on models built under
     ``deepspeed.zero.Init``.
 

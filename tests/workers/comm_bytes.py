@@ -7,22 +7,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from case_runner import run_cases
-from comm_cases import INTERVAL, STEPS, cases, full_cases
+from cases.comm_cases import INTERVAL, STEPS, cases, full_cases
+from support.case_runner import run_cases
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import rso_ds
 from rso_ds.comm import install
-from rso_ds.comm.exchange import Exchange, Layout, powersgd, transfers
-from rso_ds.memory.methods import method
+from rso_ds.comm.rank_context import RankContext
 from rso_ds.models import llama_config
-from rso_ds.optim.groups import decay_groups
-from rso_ds.training.distributed import Place
-from rso_ds.training.torch_engine import TorchEngine
+from rso_ds.planning.communication.exchange import Deployment, Exchange, powersgd, transfers
+from rso_ds.planning.memory.methods import method
+from rso_ds.recipes.training.torch_engine import TorchEngine
+from rso_ds.solvers.groups import decay_groups
 
 OUT = Path(sys.argv[1])
-PLACE = None
+CONTEXT = None
 
 
 def build(spec):
@@ -60,7 +60,7 @@ def engine_of(spec, model):
         if spec["method"] != "rso":
             count_traffic(engine)
         return engine
-    engine = TorchEngine(model, config, spec["engine"], PLACE, spec["replicas"])
+    engine = TorchEngine(model, config, spec["engine"], CONTEXT, spec["replicas"])
     if spec["method"] == "powersgd":
         # It starts collectives from callbacks, whose order over several buckets gloo does not keep.
         engine._wrapped = DistributedDataParallel(model, bucket_cap_mb=1000)
@@ -90,9 +90,11 @@ def predicted(spec, model):
     method(name, rso).prepare(model)
     exchange = Exchange.of(model, rso)
     kind = spec["engine"]
-    layout = Layout.from_json(ds_json(spec), dist.get_world_size(), kind, spec["replicas"], spec["checkpointing"])
+    deployment = Deployment.from_json(
+        ds_json(spec), dist.get_world_size(), kind, spec["replicas"], spec["checkpointing"]
+    )
     is_powersgd = spec["method"] == "powersgd"
-    found = powersgd(exchange, layout, spec["rank"]) if is_powersgd else transfers(exchange, layout)
+    found = powersgd(exchange, deployment, spec["rank"]) if is_powersgd else transfers(exchange, deployment)
     totals = dict.fromkeys(("gradient", "weights", "boundary"), 0.0)
     for transfer in found:
         totals[transfer.kind] += transfer.payload
@@ -154,7 +156,7 @@ os.environ["RSO_DS_NODE"] = f"node{int(os.environ['RANK']) * 2 // int(os.environ
 import deepspeed  # noqa: E402  (after the environment)
 
 deepspeed.init_distributed("gloo", verbose=False)
-PLACE = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
+CONTEXT = RankContext(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
 install().learn_nodes()
 only = os.environ.get("ONLY_ROWS", "")
 every = (full_cases if os.environ.get("FULL") else cases)(dist.get_world_size())

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from rso_ds.checkpoint.folder import LATEST, MANIFEST
+from rso_ds.comm.rank_context import start
 from rso_ds.errors import RSOCheckpointError
-from rso_ds.training.arguments import parse_arguments
-from rso_ds.training.deepspeed_json import fill, read_json
-from rso_ds.training.distributed import start
-from rso_ds.training.engines import build_engine
+from rso_ds.recipes.training.arguments import parse_arguments
+from rso_ds.recipes.training.engines import build_engine
+from rso_ds.recipes.training.fill_json import fill, read_json
 
 OUT = Path(sys.argv[1])
 PLAN = json.loads((OUT / "plan.json").read_text())
@@ -33,19 +33,19 @@ VOCAB = 64
 Case = tuple[str, str, Callable[[Path], Any]]  # file at fault, what is done, how it is done to a copied folder
 
 
-def build(seed: int, place: Any) -> Any:
+def build(seed: int, context: Any) -> Any:
     model = OUT / "shape"
-    if place.rank == 0:
+    if context.rank == 0:
         LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=2).save_pretrained(model)  # fmt: skip
     dist.barrier()
     flags = ["--model", str(model), "--init", "random", "--seq-len", "16", "--global-batch", "4", "--micro-batch", "2"]
     args = parse_arguments([*flags, "--seed", str(seed), "--max-steps", "9", *PLAN["engine"]])
-    return build_engine(args, fill(read_json(args), args, place.world_size, 9, place.on_gpu), VOCAB, place)
+    return build_engine(args, fill(read_json(args), args, context.world_size, 9, context.on_gpu), VOCAB, context)
 
 
-def train(engine: Any, seed: int, steps: int, place: Any) -> None:
-    source = torch.Generator().manual_seed(1000 * seed + place.rank)
+def train(engine: Any, seed: int, steps: int, context: Any) -> None:
+    source = torch.Generator().manual_seed(1000 * seed + context.rank)
     for _ in range(steps):
         ids = torch.randint(VOCAB, (2, 16), generator=source)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
@@ -128,10 +128,10 @@ def same_run(client: dict[str, Any]) -> None:
         raise RSOCheckpointError(f"step3: that run had seed = {client['seed']}, this one 0.")
 
 
-def attempt(engine: Any, place: Any, original: Path, case: Case) -> dict[str, Any]:
+def attempt(engine: Any, context: Any, original: Path, case: Case) -> dict[str, Any]:
     name, what, change = case
     copy = OUT / "copy"
-    if place.rank == 0:
+    if context.rank == 0:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(original, copy)
         change(copy)
@@ -145,7 +145,7 @@ def attempt(engine: Any, place: Any, original: Path, case: Case) -> dict[str, An
     except Exception as e:
         error = f"CRASH {type(e).__name__}: {e}"
     untouched = [hashed(engine) == before, tree(copy) == files]
-    gathered: list[Any] = [None] * place.world_size
+    gathered: list[Any] = [None] * context.world_size
     dist.all_gather_object(gathered, (error, untouched))
     result = {"file": name, "change": what, "error": None if error is None else error.replace(str(OUT), "OUT")}
     result["same_words_on_all_ranks"] = len({e for e, _ in gathered}) == 1
@@ -156,21 +156,21 @@ def attempt(engine: Any, place: Any, original: Path, case: Case) -> dict[str, An
 
 
 def main() -> None:
-    place = start(60)
-    other = build(1, place)
-    train(other, 1, 3, place)
+    context = start(60)
+    other = build(1, context)
+    train(other, 1, 3, context)
     other.checkpoints.save(OUT / "other", "step3", {"seed": 1})
-    engine = build(0, place)
+    engine = build(0, context)
     for step in (2, 3):
-        train(engine, step, 2 if step == 2 else 1, place)
+        train(engine, step, 2 if step == 2 else 1, context)
         engine.checkpoints.save(OUT / "original", f"step{step}", {"seed": 0})
-    train(engine, 9, 1, place)  # what is in memory differs from every checkpoint
+    train(engine, 9, 1, context)  # what is in memory differs from every checkpoint
     original, foreign = OUT / "original", OUT / "other" / "step3"
     assert (original / "step3" / MANIFEST).is_file()
     results = []
     for case in [*file_cases(original / "step3", foreign), *folder_cases(foreign)]:
-        results.append(attempt(engine, place, original, case))
-        if place.rank == 0:
+        results.append(attempt(engine, context, original, case))
+        if context.rank == 0:
             (OUT / "corruption.json").write_text(json.dumps(results, indent=1))
     dist.barrier()
     dist.destroy_process_group()

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import tiny_llama
 import torch
 import torch.distributed as dist
-from case_runner import compiled_graphs, run_cases
-from deepspeed_cases import MICRO, STEPS, fp32_cases
+from cases.deepspeed_cases import MICRO, STEPS, fp32_cases
+from support import tiny_llama
+from support.case_runner import compiled_graphs, run_cases
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.observer import Observer
+from rso_ds.engines.observer import Observer
 
 OUT = Path(sys.argv[1])
 
@@ -45,7 +45,7 @@ def run(spec):
     sent_before = engine.traffic.total("gradient")  # the counter is the process's, not the engine's
     for step in range(STEPS):
         ids = tiny_llama.tokens(step, MICRO * world * spec["gas"], spec["model"].get("vocab", tiny_llama.VOCAB))
-        lrs.append(engine.rso.shards.solver.param_groups[0]["lr"])
+        lrs.append(engine.rso.layout.solver.param_groups[0]["lr"])
         total = 0.0
         observer.watch_step()
         for micro in ids.view(spec["gas"], world, MICRO, -1)[:, rank]:
@@ -66,10 +66,10 @@ def run(spec):
         "form": engine.rso.config.form,
         "draw": engine.rso.draw,
         "applied": engine.rso.applied_steps,
-        "solver": type(engine.rso.shards.solver).__name__,
+        "solver": type(engine.rso.layout.solver).__name__,
         "optimizer": type(engine.optimizer).__name__,
         "cut_rows": sum(
-            any(c % x.subspace.rank for c in engine.rso.shards.cuts(x)) for x in engine.rso.layers.values()
+            any(c % x.subspace.rank for c in engine.rso.layout.shard_boundaries(x)) for x in engine.rso.layers.values()
         ),
         "gradient_bytes": engine.traffic.total("gradient") - sent_before,
         "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),

@@ -9,17 +9,17 @@ import traceback
 from pathlib import Path
 
 import deepspeed
-import tiny_llama
 import torch
 import torch.distributed as dist
+from cases.deepspeed_cases import FORCED, MICRO, STEPS, case
 from deepspeed.accelerator import get_accelerator
-from deepspeed_cases import FORCED, MICRO, STEPS, case
-from sealing import reseal
+from support import tiny_llama
+from support.resealed_checkpoints import reseal
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.comm import leave_process_groups
-from rso_ds.engines.deepspeed_import import own_initialize
+from rso_ds.integrations.deepspeed_import import own_initialize
 
 OUT = Path(sys.argv[1])
 BF16 = {"bf16": {"enabled": True}}
@@ -69,7 +69,7 @@ def train(spec):
     engine = engine_of(spec)
     dtypes = {str(x.subspace.P.dtype) for x in engine.rso.layers.values()}
     losses = steps(engine, 0, STEPS)
-    masters = engine.rso.shards.weight_masters
+    masters = engine.rso.layout.weight_masters
     rows = {} if masters is None else {n: tuple(r.shape) for n, r in masters.rows.items()}
     return finish(engine, losses, p_dtypes=sorted(dtypes), master_rows=rows)
 

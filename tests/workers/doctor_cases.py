@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rso_ds.cluster.doctor import together
-from rso_ds.cluster.doctor.meeting import meet
-from rso_ds.cluster.doctor.speed import findings_of, measure
-from rso_ds.cluster.environment import adopt
 from rso_ds.comm import leave_process_groups
+from rso_ds.comm.launch import export_launch_environment
 from rso_ds.comm.outcome import gathered
+from rso_ds.doctor import together
+from rso_ds.doctor.rendezvous import rendezvous
+from rso_ds.doctor.speed import findings_of, measure
 
 OUT = Path(sys.argv[1])
-LAUNCH = adopt()
+LAUNCH = export_launch_environment()
 SECOND = LAUNCH.rank == 1
 CONFIG = {"optimizer": {"type": "RSO", "params": {"lr": 0.1}}}
 
@@ -60,7 +60,7 @@ def wrong_sum(everyone):
         dist.all_reduce = right
 
 
-meet(LAUNCH, 60)
+rendezvous(LAUNCH, 60)
 same, found = compare()
 apart, on_two = on_two_nodes(0)
 results = {

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import tiny_llama
 import torch
 import torch.distributed as dist
-from case_runner import run_cases
-from export_cases import CASES, MICRO, STEPS
+from cases.export_cases import CASES, MICRO, STEPS
+from support import tiny_llama
+from support.case_runner import run_cases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -6,16 +6,16 @@ import os
 import sys
 from pathlib import Path
 
-import tiny_llama
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DummyOptim, DummyScheduler
-from case_runner import run_cases
-from deepspeed_cases import MICRO, RSO_DEFAULTS
+from cases.deepspeed_cases import MICRO, RSO_DEFAULTS
+from cases.trainer_cases import LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, deepspeed_json
+from support import tiny_llama
+from support.case_runner import run_cases
 from torch.utils.data import DataLoader, Subset
-from trainer_cases import LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, deepspeed_json
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict

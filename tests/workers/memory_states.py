@@ -6,14 +6,14 @@ import traceback
 from pathlib import Path
 
 import deepspeed
-import tiny_llama
 import torch.distributed as dist
+from support import tiny_llama
 
 import rso_ds
 from rso_ds.comm import leave_process_groups
-from rso_ds.memory.account import Accountant, model_builder
-from rso_ds.memory.profile import StepProfiler
-from rso_ds.memory.states import Engine
+from rso_ds.planning.memory.account import Accountant, model_builder
+from rso_ds.planning.memory.profile import StepProfiler
+from rso_ds.planning.memory.states import Engine
 
 OUT = Path(sys.argv[1])
 BUCKET = 4096

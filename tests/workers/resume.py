@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import tiny_llama
 import torch
 import torch.distributed as dist
-from case_runner import run_cases
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.lr_schedules import WarmupLR
-from resume_cases import (
+from cases.resume_cases import (
     CHAINS,
     CROSSINGS,
     CUTS,
@@ -24,6 +20,10 @@ from resume_cases import (
     four_rank_cases,
     two_rank_cases,
 )
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.lr_schedules import WarmupLR
+from support import tiny_llama
+from support.case_runner import run_cases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -1,23 +1,23 @@
-"""One rank: train every case of tests/torch_cases.py under DDP, FSDP2 or HSDP, save what it did."""
+"""One rank: train every case of tests/cases/torch_cases.py under DDP, FSDP2 or HSDP, save what it did."""
 
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import tiny_llama
 import torch
 import torch.distributed as dist
-from case_runner import compiled_graphs, run_cases
+from cases.torch_cases import MICRO, four_rank_cases, two_rank_cases
+from support import tiny_llama
+from support.case_runner import compiled_graphs, run_cases
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch_cases import MICRO, four_rank_cases, two_rank_cases
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.comm import BucketCompression, compress_hook, install
-from rso_ds.observer import Observer
+from rso_ds.engines.observer import Observer
 
 OUT = Path(sys.argv[1])
 

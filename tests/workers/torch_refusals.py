@@ -6,9 +6,9 @@ import traceback
 from pathlib import Path
 
 import pytest
-import tiny_llama
 import torch
 import torch.distributed as dist
+from support import tiny_llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
@@ -25,10 +25,10 @@ from rso_ds.comm import (
     install,
     leave_process_groups,
 )
+from rso_ds.comm.rank_context import RankContext
 from rso_ds.layers import rso_layers
+from rso_ds.recipes.training.torch_engine import TorchEngine
 from rso_ds.subspace import dense_projection, sample_projection
-from rso_ds.training.distributed import Place
-from rso_ds.training.torch_engine import TorchEngine
 
 OUT = Path(sys.argv[1])
 TOKENS = ["default", "embeddings", "head"]
@@ -222,7 +222,7 @@ def unequal_rank():
     """DDP's own check of shapes would come first, in words about tensors."""
     params = {"rank": 5 + dist.get_rank()}
     ds_json = {"gradient_accumulation_steps": 1, "optimizer": {"type": "RSO", "params": params}}
-    TorchEngine(tiny_llama.build(), ds_json, "ddp", Place(dist.get_rank(), 0, 2, False))
+    TorchEngine(tiny_llama.build(), ds_json, "ddp", RankContext(dist.get_rank(), 0, 2, False))
 
 
 def one_poisoned_replica(folder):
@@ -237,7 +237,7 @@ def one_poisoned_replica(folder):
     }
 
     def start():
-        return TorchEngine(tiny_llama.build(), ds_json, "ddp", Place(rank, rank, 2, False))
+        return TorchEngine(tiny_llama.build(), ds_json, "ddp", RankContext(rank, rank, 2, False))
 
     engine = start()
     for step in range(7):

@@ -5,14 +5,24 @@ import os
 import sys
 from pathlib import Path
 
-import tiny_llama
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from case_runner import run_cases
-from deepspeed_cases import MICRO
+from cases.deepspeed_cases import MICRO
+from cases.trainer_cases import (
+    ENGINES,
+    RSO_KEYS,
+    SAVE_AT,
+    STEPS,
+    Tokens,
+    arguments,
+    cases,
+    deepspeed_json,
+    weight_decay,
+)
+from support import tiny_llama
+from support.case_runner import run_cases
 from torch.utils.data import SequentialSampler
-from trainer_cases import ENGINES, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, cases, deepspeed_json, weight_decay
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -86,7 +96,7 @@ def result_of(trainer, **more):
         "evaluations": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "weights": rso_ds.checkpoint.dense_state_dict(bare),
         "draw": boundary.draw,
-        "shards": type(boundary.shards).__name__,
+        "shards": type(boundary.layout).__name__,
         "wrapper": type(trainer.model_wrapped).__name__,
         **more,
     }

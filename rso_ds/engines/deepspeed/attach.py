@@ -12,14 +12,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from rso_ds.boundary import Boundary
 from rso_ds.comm.counter import BACKWARD, install
 from rso_ds.config import RSOConfig
+from rso_ds.engines.deepspeed.layout import deepspeed_layout
 from rso_ds.engines.deepspeed.loss_scale import explain_lowest_scale, scale_loss_at_stage_0
 from rso_ds.engines.deepspeed.saving import hook_checkpoints, hook_dense_saves
-from rso_ds.engines.deepspeed.shards import deepspeed_shards
 from rso_ds.errors import RSOUnsupportedError
-from rso_ds.form import settle_form
 from rso_ds.layers import SubspaceLayer
-from rso_ds.optim.finite import gradients_finite
-from rso_ds.optim.groups import IS_SUBSPACE, W_DECAY, proximal_hook
+from rso_ds.layers.form import settle_form
+from rso_ds.solvers.finite import gradients_finite
+from rso_ds.solvers.groups import IS_SUBSPACE, W_DECAY, proximal_hook
 
 
 def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, where: list[int]) -> Boundary:
@@ -27,18 +27,18 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
 
     ``where[i]`` is the index of the solver's parameter group that holds the B of layer i.
     """
-    shards = deepspeed_shards(engine, layers, config.master_weights)
-    solver = shards.solver
+    layout = deepspeed_layout(engine, layers, config.master_weights)
+    solver = layout.solver
     groups = solver.param_groups
     assert all(groups[i][IS_SUBSPACE] for i in where)
     ours = {id(layer.B) for layer in layers.values()}
     trained = {
-        n: p for n, p in engine.module.named_parameters() if p.requires_grad and shards.solver_key(p) is not None
+        n: p for n, p in engine.module.named_parameters() if p.requires_grad and layout.solver_key(p) is not None
     }
     dense = {n: p for n, p in trained.items() if id(p) not in ours}
     decays = [groups[i][W_DECAY] for i in where]
-    config, engine.rso_form = settle_form(engine.module, config, layers.values(), decays, shards.merge_sends)
-    boundary = Boundary(config, dict(layers), shards, decays, where, dense)
+    config, engine.rso_form = settle_form(engine.module, config, layers.values(), decays, layout.merge_sends)
+    boundary = Boundary(config, dict(layers), layout, decays, where, dense)
     boundary.materialize()
     boundary.check_replicas()
     if config.proximal:
@@ -47,7 +47,7 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     explain_lowest_scale(engine)
     skip_nonfinite_steps(engine)
     _hook_step(engine, boundary, solver)
-    engine.checkpoints = hook_checkpoints(engine, shards, boundary)
+    engine.checkpoints = hook_checkpoints(engine, layout, boundary)
     hook_dense_saves(engine)
     return boundary
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rso_ds.boundary import SolverShard
-from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
+from rso_ds.engines.replicated import ReplicatedLayout, moments, restart_step
 from rso_ds.layers import SubspaceLayer
 
 
@@ -41,7 +41,7 @@ class FlatGroup:
         return cls({id(p): o for p, o in zip(params, offsets, strict=True)}, master.numel(), rank, pieces, master)
 
 
-class FlatShards(ReplicatedShards):
+class FlatLayout(ReplicatedLayout):
     """``ReplicatedShards`` whose solver state lies in flat pieces."""
 
     def __init__(
@@ -77,7 +77,7 @@ class FlatShards(ReplicatedShards):
             [flat.master.data[local]],
         )
 
-    def cuts(self, layer: SubspaceLayer) -> list[int]:
+    def shard_boundaries(self, layer: SubspaceLayer) -> list[int]:
         flat = self._group_of[id(layer.B)]
         begin = flat.offsets[id(layer.B)]
         at = [i * flat.piece - begin for i in range(1, flat.pieces)]

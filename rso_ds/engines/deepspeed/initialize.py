@@ -14,9 +14,9 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch import nn
 
-from rso_ds.cluster.environment import adopt
 from rso_ds.comm.agreement import agree_on_setup
-from rso_ds.ds_json import (
+from rso_ds.comm.launch import export_launch_environment
+from rso_ds.deepspeed_json import (
     RSO_TYPE,
     inner_config,
     optimizer_type,
@@ -24,10 +24,10 @@ from rso_ds.ds_json import (
     rso_config,
 )
 from rso_ds.engines.deepspeed.attach import attach, count_traffic
-from rso_ds.engines.deepspeed_import import own_initialize
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
+from rso_ds.integrations.deepspeed_import import own_initialize
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
-from rso_ds.optim.groups import layer_groups, solver_groups
+from rso_ds.solvers.groups import layer_groups, solver_groups
 
 
 def initialize(
@@ -92,7 +92,7 @@ def initialize(
 
     accelerator = get_accelerator()
     if not deepspeed.comm.is_initialized():
-        adopt()
+        export_launch_environment()
     deepspeed.init_distributed(
         accelerator.communication_backend_name(),
         distributed_port=distributed_port,

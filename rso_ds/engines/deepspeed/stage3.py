@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rso_ds.boundary import Rounding, SolverShard
-from rso_ds.engines.replicated import ReplicatedShards, moments, restart_step
+from rso_ds.engines.replicated import ReplicatedLayout, moments, restart_step
 from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.partitioned import gathered
 
 
-class Stage3Shards(ReplicatedShards):
+class Stage3Layout(ReplicatedLayout):
     """``zero`` is DeepSpeed's ZeRO-3 optimizer; its sub-groups hold the fp32 masters and solver state."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Stage3Shards(ReplicatedShards):
             [flat.data[mine]],
         )
 
-    def cuts(self, layer: SubspaceLayer) -> list[int]:
+    def shard_boundaries(self, layer: SubspaceLayer) -> list[int]:
         _, b, _ = _zero_params(layer)
         numel, piece = b.ds_numel, b.ds_tensor.ds_numel
         return [i * piece for i in range(1, self.world_size) if i * piece < numel]

@@ -1,5 +1,0 @@
-"""Solvers of the subproblem and what becomes of their state at a boundary."""
-
-from rso_ds.optim.carry_over import CARRY_OVER, CarryOver, rotation
-
-__all__ = ["CARRY_OVER", "CarryOver", "rotation"]

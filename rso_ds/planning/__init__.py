@@ -1,0 +1,1 @@
+"""Before renting GPUs: what a rank holds, what a step sends, and which plan to use."""

@@ -1,0 +1,1 @@
+"""``rso-ds plan``: the search for stage, rank, micro batch and checkpointing, and its reasons."""

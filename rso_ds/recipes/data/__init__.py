@@ -1,0 +1,1 @@
+"""Text into tokens: corpora, tokenizers, packed datasets, reading ahead."""

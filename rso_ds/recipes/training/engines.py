@@ -1,0 +1,71 @@
+"""The engine that ``--engine`` names, around a model built for it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from rso_ds.comm.failures import limit_waiting
+from rso_ds.comm.rank_context import RankContext
+from rso_ds.errors import RSOConfigError
+from rso_ds.models import load_model
+from rso_ds.recipes.training.arguments import TrainArguments
+from rso_ds.recipes.training.native_checkpoints import NativeCheckpoints
+from rso_ds.solvers.groups import decay_groups
+
+
+def build_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size: int, context: RankContext) -> Any:
+    """A DeepSpeed engine, or a ``TorchEngine`` with the same methods. ``ds_json`` has no "auto" left.
+
+    The engine has ``checkpoints`` (``Checkpointer``), ``traffic`` (``CommCounter``), and ``rso`` (``Boundary``)
+    where the JSON selects RSO.
+    """
+    if args.engine == "deepspeed":
+        engine = _deepspeed_engine(args, ds_json, vocab_size)
+    else:
+        from rso_ds.recipes.training.torch_engine import TorchEngine
+
+        engine = TorchEngine(_model(args, vocab_size), ds_json, args.engine, context, args.replicas)
+    limit_waiting(timedelta(seconds=args.timeout))
+    engine.traffic.learn_nodes()
+    return engine
+
+
+def _model(args: TrainArguments, vocab_size: int) -> nn.Module:
+    torch.manual_seed(args.seed)
+    pretrained = {"auto": None, "random": False, "pretrained": True}[args.init]
+    model = load_model(args.model, vocab_size, args.seq_len, pretrained)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], vocab_size: int) -> Any:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from rso_ds.engines.deepspeed import count_traffic, explain_lowest_scale, skip_nonfinite_steps
+    from rso_ds.engines.deepspeed import initialize as initialize_rso
+
+    stage = (ds_json.get("zero_optimization") or {}).get("stage", 0)
+    # Alive while the model is built, it makes transformers build under zero.Init, never whole on a rank.
+    keep_alive = HfDeepSpeedConfig(ds_json) if stage == 3 else None
+    model = _model(args, vocab_size)
+    is_rso = ds_json["optimizer"]["type"].upper() == "RSO"
+    if args.async_save and not is_rso:
+        raise RSOConfigError(
+            "--async-save: DeepSpeed writes the checkpoints of its own optimizers itself: leave it out."
+        )
+    decay = float(ds_json["optimizer"]["params"].get("weight_decay", 0.0))
+    initialize = initialize_rso if is_rso else deepspeed.initialize
+    engine, *_ = initialize(model=model, model_parameters=decay_groups(model, decay), config=ds_json)
+    del keep_alive
+    if not is_rso:
+        count_traffic(engine)
+        explain_lowest_scale(engine)
+        skip_nonfinite_steps(engine)
+        engine.checkpoints = NativeCheckpoints(engine)
+    return engine

@@ -1,0 +1,180 @@
+"""``--engine deepspeed|ddp|fsdp2`` from one JSON: the same training, and what happens when a rank is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("deepspeed")
+import torch
+from safetensors.torch import load_file
+from support.train_ranks import run
+from support.train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
+
+from rso_ds.checkpoint.export import export_dense
+from rso_ds.checkpoint.transaction import read_checkpoint
+
+# The faster embedding and head learn, the further a few steps in bf16 are from fp32.
+ONE_RATE = ["--set", "optimizer.params.dense_lr=null"]
+LOCAL = ["--set", "optimizer.params.communicate=boundary", "--set", "optimizer.params.outer_momentum=0.3"]
+RUNS = {
+    "deepspeed": [],
+    "ddp": ["--engine", "ddp"],
+    "fsdp2": ["--engine", "fsdp2"],
+    "ddp-adamw": ["--engine", "ddp", "--deepspeed", "ds_configs/adamw.json"],
+    "ddp-local": ["--engine", "ddp", *LOCAL],
+    "one-rate": ONE_RATE,
+    "ddp-bf16": ["--engine", "ddp", "--precision", "bf16", *ONE_RATE],
+    "fsdp2-bf16": ["--engine", "fsdp2", "--precision", "bf16", *ONE_RATE],
+}
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def finished(space):
+    done = {}
+    for name, flags in RUNS.items():
+        done[name] = run(space, name, *flags)
+        assert done[name].returncode == 0, done[name].stdout[-3000:] + done[name].stderr[-3000:]
+    done["hsdp"] = run(space, "hsdp", "--engine", "fsdp2", "--replicas", "2", ranks=4)
+    assert done["hsdp"].returncode == 0, done["hsdp"].stdout[-3000:] + done["hsdp"].stderr[-3000:]
+    return done
+
+
+def losses(space, name):
+    return [m["loss"] for m in space.metrics(name)[1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "tolerance"),
+    [
+        ("ddp", "deepspeed", 1e-5),
+        ("fsdp2", "deepspeed", 1e-5),
+        ("hsdp", "deepspeed", 1e-5),
+        ("ddp-bf16", "one-rate", 2e-2),
+        ("fsdp2-bf16", "one-rate", 2e-2),
+    ],
+)
+def test_engines_train_alike(space, finished, name, like, tolerance):
+    assert losses(space, name) == pytest.approx(losses(space, like), abs=tolerance)
+    final = [space.metrics(run)[-1]["val_loss"] for run in (name, like)]
+    assert final[0] == pytest.approx(final[1], abs=tolerance)
+
+
+def test_local_steps_train_otherwise_and_send_once_an_interval(space, finished):
+    """12 steps with interval 10: one boundary, and one meeting at the end."""
+    assert losses(space, "ddp-local") != pytest.approx(losses(space, "ddp"), abs=1e-4)
+    sent = {m["step"]: m["comm_bytes"] for m in space.metrics("ddp-local") if "comm_bytes" in m}
+    assert all(m["gradient"] == 0 for m in sent.values())
+    every_step = space.metrics("ddp")[-1]["comm_bytes"]["gradient"]
+    assert sent[10]["boundary"] == pytest.approx(every_step, rel=0.01)
+    assert all(m["boundary"] == 0 for step, m in sent.items() if step != 10)
+
+
+def test_traffic_is_reported(space, finished):
+    for name in ("deepspeed", "ddp", "hsdp"):
+        details = json.loads((space.folder / name / "comm.json").read_text())
+        gradient = sum(row["payload_bytes"] for row in details["traffic"] if row["kind"] == "gradient")
+        assert gradient == sum(m["comm_bytes"]["gradient"] for m in space.metrics(name) if "comm_bytes" in m)
+        assert details["nodes"] == 1
+        assert f"sent by rank 0 in {STEPS} steps, MB" in finished[name].stdout
+
+
+def test_the_form_and_its_reason_are_shown(finished):
+    for name in ("deepspeed", "ddp", "fsdp2"):
+        assert finished[name].stdout.count("form folded: pays from ") == 1, name
+    assert "form two_path: 'communicate' needs the B of the whole subspace" in finished["ddp-local"].stdout
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "ddp-local", "ddp-adamw"])
+def test_resumes_exactly(space, finished, name):
+    """From the checkpoint in the middle of a subspace, in new processes."""
+    copy = f"{name}-resumed"
+    shutil.copytree(space.folder / name, space.folder / copy)
+    (space.folder / copy / "checkpoints" / "latest").write_text(f"step{SAVE}")
+    done = run(space, copy, "--resume", "auto", *RUNS[name])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert losses(space, copy) == losses(space, name)
+    assert space.metrics(copy)[-1]["val_loss"] == space.metrics(name)[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("name", ["ddp-local", "ddp-adamw", "fsdp2-bf16"])
+def test_exported_checkpoint_is_the_model_that_the_run_saved(space, finished, name):
+    export_dense(space.folder / name / "checkpoints", space.folder / f"{name}-exported")
+    expected, found = (load_file(space.folder / f / "model.safetensors") for f in (f"{name}/model", f"{name}-exported"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if name == "fsdp2-bf16" else 1e-6)
+
+
+def test_another_engine_continues_in_the_background(space, finished):
+    """A checkpoint of DDP, by its own folder, under FSDP2, which saves while it trains."""
+    source = str(space.folder / "ddp" / "checkpoints" / f"step{SAVE}")
+    done = run(space, "crossed", "--resume", source, "--engine", "fsdp2", "--async-save")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    straight = [m["loss"] for m in space.metrics("ddp") if m["step"] > SAVE]
+    assert [m["loss"] for m in space.metrics("crossed")] == pytest.approx(straight, abs=1e-5)
+    read_checkpoint(space.folder / "crossed" / "checkpoints", f"step{STEPS}")
+
+
+def test_deepspeeds_own_optimizers_do_not_save_in_the_background(space):
+    done = run(space, "refused", "--deepspeed", "ds_configs/adamw.json", "--async-save")
+    assert done.returncode != 0
+    assert "--async-save: DeepSpeed writes the checkpoints of its own optimizers" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "ddp", "--precision", "fp16"], "--engine ddp has no loss scaling"),
+        (["--engine", "ddp", "--replicas", "2"], "--replicas 2 divides the ranks of --engine fsdp2"),
+        (["--engine", "fsdp2", "--deepspeed", "ds_configs/rso_offload.json"], "does not offload"),
+        (["--engine", "fsdp1"], "invalid choice: 'fsdp1' (choose from"),
+        (["--set", "optimizer.params.communicate=boundary"], "DeepSpeed reduces gradients at every step"),
+    ],
+)
+def test_bad_flags(space, flags, message):
+    done = run(space, "refused", *flags)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("engine", "how"), [("ddp", signal.SIGKILL), ("deepspeed", signal.SIGSTOP)])
+def test_a_lost_rank_ends_the_others_with_one_message(space, tmp_path, engine, how):
+    """Ranks are started without a launcher, which would end the others before they can say anything."""
+    command = [sys.executable, "launch/train.py", *BASE, "--engine", engine, "--timeout", "15", "--max-steps", "100000"]
+    command += ["--cache", str(space.cache), "--data", str(space.data), "--output", str(tmp_path / "run")]
+    common = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in (0, 1):
+        with open(tmp_path / f"{rank}.log", "w") as log:
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        deadline = time.monotonic() + 120
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()[-3000:]
+            assert ranks[0].poll() is None, (tmp_path / "0.log").read_text()[-3000:]
+            time.sleep(0.2)
+        ranks[1].send_signal(how)
+        began = time.monotonic()
+        assert ranks[0].wait(timeout=60) == 1
+        assert time.monotonic() - began < 40
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    text = (tmp_path / "0.log").read_text()
+    assert "rank 0 lost another rank in the middle of a collective" in text
+    assert "Traceback" not in text.split("rank 0 lost another rank")[-1]

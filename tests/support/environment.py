@@ -1,0 +1,23 @@
+"""Settings that every test process and benchmark needs before torch or DeepSpeed is imported."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Builds of DeepSpeed's ops are kept between runs, in a folder of the tests' own.
+EXTENSIONS = Path(tempfile.gettempdir()) / f"rso_ds_test_extensions_{os.getuid()}"
+
+
+def prepare() -> None:
+    """Set them, where the caller has not, and remove stale locks of DeepSpeed's builds."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A lock left by a killed build makes DeepSpeed wait for ever, without a word.
+    for lock in EXTENSIONS.glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > 600:
+            lock.unlink()
