@@ -36,10 +36,11 @@ def case(
     checkpointing: str | None = None,
     model: dict[str, Any] | None = None,
     compiled: bool = False,
+    claims: dict[str, Any] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """``model``: arguments of ``tiny_llama.build``; ``compiled``: by ``engine.compile``; ``extra`` holds further
-    top-level keys of the DeepSpeed JSON."""
+    """``model``: arguments of ``tiny_llama.build``; ``compiled``: by ``engine.compile``; ``claims``: what the run must
+    have been, or the comparison proves nothing of it; ``extra``: further top-level keys of the DeepSpeed JSON."""
     return {
         "stage": stage,
         "rso": {**RSO_DEFAULTS, **(rso or {})},
@@ -51,6 +52,7 @@ def case(
         "model": model or {},
         "compiled": compiled,
         "tolerance": tolerance,
+        "claims": claims or {},
         "json": {
             "train_micro_batch_size_per_gpu": MICRO,
             "gradient_accumulation_steps": gas,
@@ -63,6 +65,76 @@ def case(
             **extra,
         },
     }
+
+
+SCHEDULE = {"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 3}}
+
+
+def quick_cases() -> dict[str, dict[str, Any]]:
+    """Every option once at every stage, several in a case. ``fp32_cases`` has them one by one as well."""
+    cases: dict[str, dict[str, Any]] = {}
+    for stage in range(4):
+        z = f"zero{stage}"
+        cases[z] = case(stage, claims={"solver": "AdamW"})
+        cases[f"{z}-gas2-clip-scheduler-adam-gaussian-keep_second-dense_lr-embeddings"] = case(
+            stage,
+            {**TOKENS, "solver": "adam", "sampler": "gaussian", "carry_over": "keep_second", "dense_lr": 3e-4},
+            gas=2,
+            clip=0.3,
+            model=ODD_VOCAB,
+            scheduler=SCHEDULE,
+            claims={"solver": "Adam"},
+        )
+        cases[f"{z}-split_rows-sgd-project"] = case(
+            stage,
+            {"targets": ODD_TARGETS, "solver": "sgd", "carry_over": "project", "lr": 1e-2},
+            intermediate=85,
+            claims={"solver": "SGD", "cut_rows": stage > 0},
+        )
+        cases[f"{z}-split_rows-project"] = case(
+            stage,
+            {"targets": ODD_TARGETS, "carry_over": "project"},
+            intermediate=85,
+            claims={"cut_rows": stage > 0},
+        )
+        cases[f"{z}-folded-tied-coordinate-reset-decay"] = case(
+            stage,
+            {**FOLDED, **TOKENS, "sampler": "coordinate", "carry_over": "reset", "weight_decay": 0.1},
+            gas=2,
+            model={**TIED, **ODD_VOCAB},
+            claims={"form": "folded"},
+        )
+        cases[f"{z}-fused-shared_by_shape-folded"] = case(
+            stage,
+            {**FOLDED, "torch_adam": False, "share_projection": "shape"},
+            claims={"solver": "FusedAdam", "form": "folded"},
+        )
+        cases[f"{z}-compiled"] = case(stage, CHOICE, compiled=True, claims={"form": "folded"})
+        cases[f"{z}-decay-proximal-stock_block"] = case(
+            stage, {"weight_decay": 0.1, "proximal": 0.3, "lean": "none"}, claims={"form": "two_path"}
+        )
+    for stage in (1, 2, 3):
+        # DeepSpeedCPUAdam takes its square roots in an approximate vector form.
+        cases[f"zero{stage}-offload"] = case(
+            stage,
+            {"torch_adam": False, "carry_over": "reset"},
+            {"offload_optimizer": CPU},
+            claims={"solver": "DeepSpeedCPUAdam"},
+        )
+    for stage, kind in ((2, "non_reentrant"), (3, "reentrant")):
+        cases[f"zero{stage}-checkpointing-{kind}"] = case(stage, checkpointing=kind)
+    for stage, kind in ((2, "reentrant"), (3, "non_reentrant")):
+        cases[f"zero{stage}-tied-checkpointing-{kind}"] = case(stage, TOKENS, checkpointing=kind, model=TIED)
+    both = {"offload_optimizer": CPU, "offload_param": CPU}
+    cases["zero3-choice-offload-param"] = case(3, {**CHOICE, "torch_adam": False}, both, claims={"form": "two_path"})
+    cases["zero3-init-embeddings"] = case(
+        3, TOKENS, zero_init=True, model=ODD_VOCAB, claims={"cut_rows": 2}
+    )  # cut rows: of the embedding and of the head
+    cases["zero3-folded-persistent"] = case(3, FOLDED, zero={"stage3_param_persistence_threshold": 100000})
+    cases["zero3-choice-hpz"] = case(
+        3, CHOICE, zero={"zero_hpz_partition_size": 2}, claims={"form": "two_path"}
+    )  # last: DeepSpeed keeps its groups for later engines
+    return cases
 
 
 def fp32_cases() -> dict[str, dict[str, Any]]:
@@ -97,7 +169,7 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         cases[f"{z}-scheduler"] = case(
             stage,
             {"weight_decay": 0.1},
-            scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 3}},
+            scheduler=SCHEDULE,
         )
         cases[f"{z}-folded"] = case(stage, FOLDED, gas=2, clip=0.3)
         cases[f"{z}-folded-split_rows"] = case(stage, {**odd, **FOLDED, "carry_over": "project"}, intermediate=85)
@@ -136,4 +208,4 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     )
     cases["zero3-choice-hpz"] = case(3, CHOICE, zero={"zero_hpz_partition_size": 2})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
-    return copy.deepcopy(cases)
+    return copy.deepcopy({**cases, **quick_cases()})

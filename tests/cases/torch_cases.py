@@ -55,8 +55,58 @@ def case(
     }
 
 
-def two_rank_cases() -> dict[str, dict[str, Any]]:
+def quick_two_rank_cases() -> dict[str, dict[str, Any]]:
+    """Every option once under either engine, several in a case. ``two_rank_cases`` has them one by one as well."""
     cases = {}
+    for engine in ("ddp", "fsdp2"):
+        cases[engine] = case(engine)
+        cases[f"{engine}-gas2-clip-adam-gaussian-keep_second-dense_lr-embeddings"] = case(
+            engine,
+            {**TOKENS, "solver": "adam", "sampler": "gaussian", "carry_over": "keep_second", "dense_lr": 3e-4},
+            gas=2,
+            clip=0.3,
+            model={"vocab": 63},
+        )
+        cases[f"{engine}-uneven-sgd-project"] = case(
+            engine, {"solver": "sgd", "carry_over": "project", "lr": 1e-2}, intermediate=85
+        )
+        cases[f"{engine}-project-uneven"] = case(engine, {"carry_over": "project"}, intermediate=85)
+        cases[f"{engine}-folded-tied-coordinate-reset-decay"] = case(
+            engine,
+            {**FOLDED, **TOKENS, "sampler": "coordinate", "carry_over": "reset", "weight_decay": 0.1},
+            model={"vocab": 63, "tie": True},
+        )
+        cases[f"{engine}-shared_by_shape-stock_block-checkpointing-reentrant"] = case(
+            engine,
+            {"share_projection": "shape", "carry_over": "project", "lean": "none"},
+            checkpointing="reentrant",
+        )
+        cases[f"{engine}-folded-checkpointing"] = case(engine, FOLDED, checkpointing="non_reentrant", evaluate=True)
+        cases[f"{engine}-compiled"] = case(engine, CHOICE, compiled=True)
+        cases[f"{engine}-decay-proximal"] = case(engine, {"weight_decay": 0.1, "proximal": 0.3})
+        cases[f"{engine}-poisoned"] = case(engine, poisoned=(4, 5), steps=15)
+        cases[f"{engine}-bf16_weights-coordinate"] = case(
+            engine,
+            {**COLUMNS, "merge_rounding": "stochastic"},
+            precision="bf16_weights",
+            tolerance=1e-2,
+            weight_tolerance=3e-2,
+        )
+    return cases
+
+
+QUICK_ONE_BY_ONE = {
+    "ddp-local", "ddp-local-momentum", "ddp-compressed-bf16", "ddp-compressed-int8", "fsdp2-evaluate-kept",
+    "fsdp2-bf16", "ddp-choice", "fsdp2-choice",
+}  # fmt: skip
+QUICK_FOUR = {
+    "hsdp", "hsdp-clip-gas2-project", "hsdp-coordinate-decay", "hsdp-poisoned", "hsdp-tied", "hsdp-folded",
+    "hsdp-choice", "hsdp-local", "fsdp2-uneven", "fsdp2-empty_shards",
+}  # fmt: skip
+
+
+def two_rank_cases() -> dict[str, dict[str, Any]]:
+    cases = quick_two_rank_cases()
     for engine in ("ddp", "fsdp2"):
         cases[engine] = case(engine)
         cases[f"{engine}-gas2"] = case(engine, gas=2)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("deepspeed")
 from cases.export_cases import CASES
 from safetensors.torch import load_file
-from support.ranks import run_ranks
+from support.environment import needs
+from support.exhaustive import quick
+from support.ranks import Cases
 from transformers import AutoModelForCausalLM
 
 from rso_ds.checkpoint.export import export_dense
 
+needs("deepspeed")
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    run_ranks("export", folder)
-    return folder, torch.load(folder / "weights.pt")
+def runs(pools):
+    return Cases(pools, "export")
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = {"zero0-bf16", "zero1-bf16-masters", "zero2-bf16-tied", "zero3", "fsdp2-tied", "ddp-local"}
+
+
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_equals_the_training_model(runs, tmp_path, name):
-    folder, results = runs
-    assert "error" not in results[name], results[name]["error"]
-    expected = results[name]["weights"]
-    export_dense(folder / name, tmp_path / "out")
+    expected = runs[name]["weights"]
+    export_dense(runs.folder / name, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert set(expected) - set(found) == ({"lm_head.weight"} if CASES[name]["tie"] else set())
     for key, tensor in found.items():

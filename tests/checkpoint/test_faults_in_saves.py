@@ -8,14 +8,15 @@ import subprocess
 import time
 
 import pytest
-
-pytest.importorskip("deepspeed")
+from support.environment import needs
 from support.fault_runs import ENGINES, FLAGS, SAVE, copied, faults, same, undisturbed_run
 from support.train_ranks import TrainRanks
 from support.train_workspace import Workspace
 
 # isort: split
 import corruption  # found by what fault_runs has put on the path
+
+needs("deepspeed")
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("deepspeed")
 import torch
 from safetensors.torch import load_file
+from support.environment import needs
 from support.train_ranks import run
 from support.train_workspace import Workspace
 
 from rso_ds.checkpoint.reading import open_model
 from rso_ds.cli import main
 from rso_ds.errors import RSOCheckpointError
+
+needs("deepspeed")
 
 STEPS = 4
 ADAMW = ["--deepspeed", "ds_configs/adamw.json", "--save-interval", "2", "--eval-interval", "2", "--sample-tokens", "0"]

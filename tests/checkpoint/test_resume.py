@@ -5,42 +5,69 @@ from __future__ import annotations
 import itertools
 
 import pytest
-
-pytest.importorskip("deepspeed")
 import torch
 from cases.resume_cases import CHAINS, CROSSINGS, CUTS, SAVE, four_rank_cases, two_rank_cases
-from support.ranks import run_ranks
+from support.environment import needs
+from support.exhaustive import EXHAUSTIVE, quick
+from support.ranks import Cases
 
-PHASES = {"first": 1, "save": 2, "resume": 2, "save4": 4, "resume4": 4, "last": 1}
+needs("deepspeed")
+
+WORLDS = (1, 2, 4, 1)  # of the parts of a chain
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 TWO, FOUR = two_rank_cases(), four_rank_cases()
+QUICK = {
+    "zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2", "hsdp", "zero0-bf16-masters", "zero1-fp16", "zero1-background",
+    "zero1-offload", "zero2-bf16-folded", "zero2-uneven", "zero3-dropout", "zero3-offload_param", "zero3-background",
+    "zero3-tokens-project", "ddp-background", "ddp-local", "fsdp2-background", "fsdp2-tokens-project", "fsdp2-bf16",
+    "hsdp-local",
+}  # fmt: skip
+QUICK_CROSSINGS = {
+    ("zero0", "zero3"), ("zero3", "zero1"), ("zero3", "fsdp2"), ("fsdp2", "zero2"), ("zero2", "ddp"),
+    ("zero3", "zero0"), ("ddp", "fsdp2-folded"), ("zero1", "zero3-folded"),
+}  # fmt: skip
+QUICK_CHAINS = {"zero0", "zero1-fsdp2-zero3-ddp", "ddp-zero2-fsdp2-zero1"}
+
+
+class Runs:
+    """What saves and what resumes are never the same processes."""
+
+    def __init__(self, pools):
+        folder = pools.folder_of("resume")
+        self._saving = {n: Cases(pools, "resume", n, "saving", folder) for n in (1, 2, 4)}
+        self._resuming = {n: Cases(pools, "resume", n, "resuming", folder) for n in (1, 2, 4)}
+
+    def saved(self, name):
+        return self._saving[4 if name in FOUR else 2][f"save {name}"]
+
+    def resumed(self, source, target=None):
+        self.saved(source)
+        name = source if target is None else f"{source} -> {target}"
+        return self._resuming[4 if source in FOUR else 2][f"resume {name}"]
+
+    def chain(self, name):
+        """The parts of a run, one after the other, each in other processes than the one before."""
+        return [
+            (self._resuming if part % 2 else self._saving)[world][f"{part} of {name}"]
+            for part, world in enumerate(WORLDS)
+        ]
 
 
 @pytest.fixture(scope="module")
-def phases(tmp_path_factory):
-    out = tmp_path_factory.mktemp("resume")
-    found = {}
-    for phase, world in PHASES.items():
-        run_ranks("resume", out, world, PHASE=phase)
-        found[phase] = torch.load(out / f"{phase}.pt", weights_only=False)
-    return found
-
-
-def result(phases, phase, name):
-    got = phases[phase][name]
-    assert "error" not in got, got["error"]
-    return got
+def runs(pools):
+    yield Runs(pools)
+    pools.drop("saving")
+    pools.drop("resuming")
 
 
 def largest(one, other):
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("name", [*TWO, *FOUR])
-def test_resumes_bit_for_bit_in_new_processes(phases, name):
+@pytest.mark.parametrize("name", quick([*TWO, *FOUR], QUICK))
+def test_resumes_bit_for_bit_in_new_processes(runs, name):
     """Losses and weights; dropout, loss scale, schedule and client state are in it."""
-    saving, resuming = ("save", "resume") if name in TWO else ("save4", "resume4")
-    straight, resumed = result(phases, saving, name), result(phases, resuming, name)
+    straight, resumed = runs.saved(name), runs.resumed(name)
     assert straight["losses"][SAVE:] == resumed["losses"]
     assert straight["weights"].keys() == resumed["weights"].keys()
     different = [n for n, w in straight["weights"].items() if not torch.equal(w, resumed["weights"][n])]
@@ -49,29 +76,30 @@ def test_resumes_bit_for_bit_in_new_processes(phases, name):
     assert (straight["draw"], straight.get("scale")) == (resumed["draw"], resumed.get("scale"))
 
 
-def test_the_runs_are_not_all_one(phases):
+@EXHAUSTIVE
+def test_the_runs_are_not_all_one(runs):
     """Dropout acts, the loss scale moves, local steps differ: otherwise the test above would prove nothing of them."""
-    plain = result(phases, "save", "ddp")["losses"]
+    plain = runs.saved("ddp")["losses"]
     for name in ("ddp-dropout", "ddp-local", "ddp-sgd", "ddp-tokens-project"):
-        assert largest(plain, result(phases, "save", name)["losses"]) > 1e-4, name
-    assert result(phases, "save", "zero1-fp16")["scale"] not in (None, 2.0**15)
+        assert largest(plain, runs.saved(name)["losses"]) > 1e-4, name
+    assert runs.saved("zero1-fp16")["scale"] not in (None, 2.0**15)
 
 
-@pytest.mark.parametrize(("source", "target"), CROSSINGS)
-def test_another_engine_goes_on(phases, source, target):
-    straight, resumed = result(phases, "save", source), result(phases, "resume", f"{source} -> {target}")
+@pytest.mark.parametrize(("source", "target"), quick(CROSSINGS, QUICK_CROSSINGS))
+def test_another_engine_goes_on(runs, source, target):
+    straight, resumed = runs.saved(source), runs.resumed(source, target)
     tolerance = TOLERANCE[TWO[source]["precision"]]
     assert largest(straight["losses"][SAVE:], resumed["losses"]) <= tolerance
     gap = max((w.double() - resumed["weights"][n].double()).abs().max() for n, w in straight["weights"].items())
     assert gap <= 10 * tolerance
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_one_run_over_1_2_4_and_1_ranks(phases, chain):
-    parts = [result(phases, phase, f"chain {chain}") for phase in ("first", "save", "save4", "last")]
+@pytest.mark.parametrize("chain", quick(CHAINS, QUICK_CHAINS))
+def test_one_run_over_1_2_4_and_1_ranks(runs, chain):
+    parts = runs.chain(chain)
     losses = [loss for part in parts for loss in part["losses"]]
     assert [len(part["losses"]) for part in parts] == [b - a for a, b in itertools.pairwise(CUTS)]
-    straight = result(phases, "save", "zero1")
+    straight = runs.saved("zero1")
     assert largest(losses, straight["losses"]) <= TOLERANCE["fp32"]
     gap = max((w - parts[-1]["weights"][n]).abs().max() for n, w in straight["weights"].items())
     assert gap <= 10 * TOLERANCE["fp32"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.environment import ROOT
+from support.environment import ROOT, needs
 
 import rso_ds
 from rso_ds.cli import main
@@ -16,7 +16,8 @@ from rso_ds.planning.communication.exchange import Deployment, Transfer
 from rso_ds.planning.communication.network import Network, bytes_per_second
 from rso_ds.planning.memory.states import Engine
 
-pytest.importorskip("transformers")
+needs("transformers")
+
 JSON = str(ROOT / "ds_configs" / "rso_zero2.json")
 
 

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("deepspeed")
+from support.environment import needs
 from support.train_workspace import ROOT, STEPS, Workspace
 
 from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.cli import main
 from rso_ds.recipes.evaluation.evaluator import Evaluator
 from rso_ds.recipes.report.runs import load_runs
+
+needs("deepspeed")
 
 EVERY = 3
 COMMAND = str(Path(sys.executable).parent / "rso-ds")

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("deepspeed")
+from support.environment import needs
 from support.fault_runs import ENGINES, FLAGS, SAVE, STEPS, faults, same, undisturbed_run
 from support.train_ranks import TrainRanks
 from support.train_workspace import ROOT, Workspace
 
 from rso_ds.comm.rank_context import restart_advice
 from rso_ds.recipes.training.signals import EXIT_REQUEUE
+
+needs("deepspeed")
 
 
 @pytest.fixture(scope="module")

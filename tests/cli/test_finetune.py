@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_llama
-from support.environment import ROOT
+from support.environment import ROOT, needs
 from support.train_workspace import free_port
 
-for package in ("accelerate", "datasets", "trl", "peft"):
-    pytest.importorskip(package)
+needs("accelerate", "datasets", "trl", "peft")
+
 BIN = Path(sys.executable).parent
 ANIMALS, TOOLS = ("fox", "dog", "bee", "cat"), ("saw", "axe", "pen", "key")
 FILLERS = ("the", "a", "red", "old", "big")

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.environment import ROOT
+from support.environment import ROOT, needs
+from support.exhaustive import EXHAUSTIVE, quick
+from support.traces import remembered_traces
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rso_ds import RSOConfig, convert
 from rso_ds.cli import main
+from rso_ds.models import llama_config
 from rso_ds.planning.communication.exchange import Deployment, Exchange, transfers
 from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.account import Accountant, model_builder
@@ -22,13 +25,19 @@ from rso_ds.planning.memory.states import Engine
 from rso_ds.planning.plan.command import memory_bytes
 from rso_ds.planning.plan.config_json import DEFAULT_BASE
 from rso_ds.planning.plan.search import choose
-
-pytest.importorskip("transformers")
-from rso_ds.models import llama_config
 from rso_ds.recipes.training.arguments import parse_arguments
+
+needs("transformers")
 
 EXAMPLE = ["--model", "llama-7b", "--gpus", "16", "--gpu-memory", "40GB", "--link", "25Gbit"]
 SMALL = ["--model", "llama-9m", "--vocab-size", "512", "--seq-len", "128"]
+
+
+@pytest.fixture(autouse=True)
+def traced_once():
+    """(Not in ``everything``, which is of the module: each of its figures is counted by itself.)"""
+    with remembered_traces():
+        yield
 
 
 def plan(capsys, *flags):
@@ -72,7 +81,7 @@ def test_the_text_holds_json_command_and_reasons(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize(("memory", "stage", "hpz"), [("40GB", 1, 1), ("20GB", 3, 8)])
+@pytest.mark.parametrize(("memory", "stage", "hpz"), quick([("40GB", 1, 1), ("20GB", 3, 8)], {("40GB", 1, 1)}))
 def test_the_other_commands_and_the_main_job_take_the_json_and_agree(capsys, tmp_path, memory, stage, hpz):
     from rso_ds.recipes.training.fill_json import fill, read_json
 
@@ -138,6 +147,7 @@ def test_a_slower_link_never_makes_a_faster_plan_and_changes_it(capsys):
     assert found[-1]["reasons"]["time"][1].startswith("computing bounds the step")
 
 
+@EXHAUSTIVE
 def test_a_smaller_rank_is_taken_only_where_nothing_else_fits(capsys):
     got = plan(capsys, "--model", "llama-7b", "--gpus", "8", "--gpu-memory", "8GB", "--gpu-tflops", "50")
     assert got["chosen"]["rank_ratio"] == 0.125
@@ -178,30 +188,11 @@ def everything():
     return dense, found
 
 
-@pytest.fixture(scope="module")
-def traces():
-    """What ``traced_once`` has found: how -> trace."""
-    return {}
-
-
-@pytest.fixture
-def traced_once(monkeypatch, traces):
-    """All plans of the loop are of one model: what one has traced the others take over."""
-    whole = Accountant._traced
-
-    def traced(self, *how):
-        key = (self.checkpointing, self.config, *how)
-        if key not in traces:
-            traces[key] = whole(self, *how)
-        return traces[key]
-
-    monkeypatch.setattr(Accountant, "_traced", traced)
-
-
+@EXHAUSTIVE
 @pytest.mark.parametrize("fitting_share", [0.0, 0.1, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize("link", ["100Mbit", "1Tbit"])
 @pytest.mark.parametrize("tflops", ["0.5", "100"])
-def test_the_plan_is_that_of_an_exhaustive_loop(capsys, everything, traced_once, fitting_share, link, tflops):
+def test_the_plan_is_that_of_an_exhaustive_loop(capsys, everything, fitting_share, link, tflops):
     dense, found = everything
     needs = sorted({need for _, need, *_ in found})
     index = int(fitting_share * len(needs))
@@ -285,6 +276,7 @@ def test_no_deepspeed_is_needed():
 # -- refusals ----------------------------------------------------------------------------------------
 
 
+@EXHAUSTIVE
 def test_nothing_fits():
     message = refusal("--gpus", "2", "--gpu-memory", "10GB")
     assert message.startswith("RSOConfigError: nothing fits in --gpu-memory 10.0 GB: the least is 15.8 GB")

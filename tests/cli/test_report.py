@@ -8,13 +8,15 @@ import re
 import sys
 
 import pytest
+from support.environment import needs
 
 from rso_ds import RSOError
 from rso_ds.cli import main
 from rso_ds.recipes.report.page import table, write_report
 from rso_ds.recipes.report.runs import load_runs
 
-pytest.importorskip("matplotlib")
+needs("matplotlib")
+
 PNG = b"\x89PNG\r\n"
 
 

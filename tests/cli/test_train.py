@@ -9,15 +9,17 @@ import shutil
 
 import pytest
 import torch
-
-pytest.importorskip("deepspeed")
 from safetensors.torch import load_file
+from support.environment import needs
+from support.exhaustive import EXHAUSTIVE
 from support.train_ranks import run
 from support.train_workspace import REAL_TEXT, SAVE, STEPS, Workspace
 
 from rso_ds.cli import main
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.recipes.training.held_out import held_out_loss
+
+needs("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,7 @@ def test_exported_checkpoint_is_the_model_that_the_run_saved(space, finished, ca
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@EXHAUSTIVE
 def test_zero3_from_a_checkpoint_folder_with_bf16_offload(space, finished):
     """Fine-tune the model just saved: from_pretrained under zero.Init, offload, bf16."""
     done = space.run(
@@ -176,6 +179,7 @@ def test_checkpoint_of_another_model_or_run_is_refused(space, finished):
     assert "does not exist" in error_of(run(space, "other", "--resume", str(space.folder), ranks=1))
 
 
+@EXHAUSTIVE
 @pytest.mark.skipif(not REAL_TEXT.is_dir(), reason="needs the ELTeC corpus beside the checkout (../shared/data)")
 def test_real_text_loss_falls(space):
     done = space.run("real", "--data", str(REAL_TEXT / "valid.jsonl.xz"), "--vocab-size", "1000", steps=40)

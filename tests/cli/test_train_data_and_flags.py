@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.environment import ROOT
+from support.environment import ROOT, needs
 
 from rso_ds import RSOConfigError
-
-pytest.importorskip("transformers")
 from rso_ds.recipes.data.corpus import Corpus, _hub_documents
 from rso_ds.recipes.data.dataset import PackedTokens, token_file
 from rso_ds.recipes.data.read_ahead import read_ahead
@@ -22,6 +20,8 @@ from rso_ds.recipes.data.tokenization import load_tokenizer
 from rso_ds.recipes.training.arguments import TrainArguments, parse_arguments
 from rso_ds.recipes.training.command import main
 from rso_ds.recipes.training.metrics import Waits
+
+needs("transformers")
 
 GPT2 = ROOT.parent / "shared" / "data" / "tokenizers" / "gpt2"
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -11,15 +11,16 @@ import sys
 import time
 
 import pytest
-
-pytest.importorskip("deepspeed")
 import torch
 from safetensors.torch import load_file
+from support.environment import needs
 from support.train_ranks import run
 from support.train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
 
 from rso_ds.checkpoint.export import export_dense
 from rso_ds.checkpoint.transaction import read_checkpoint
+
+needs("deepspeed")
 
 # The faster embedding and head learn, the further a few steps in bf16 are from fp32.
 ONE_RATE = ["--set", "optimizer.params.dense_lr=null"]

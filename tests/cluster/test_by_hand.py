@@ -4,6 +4,7 @@ import os
 
 import pytest
 from jobs import ENVIRONMENT, JOB, RANKS, flags, losses, nodes_seen
+from support.exhaustive import EXHAUSTIVE
 from virtual_cluster import unavailable
 
 WHY_NOT = unavailable("sshd", "ssh-keygen", "pdsh", "mpirun")
@@ -23,6 +24,7 @@ def environment(work):
     return {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(work), "PATH": path}
 
 
+@EXHAUSTIVE
 def test_deepspeed_with_a_hostfile(cluster, work, hosts, one_node):
     output = work / "hostfile"
     # What DeepSpeed exports to the nodes beside NCCL_*, PYTHON*, UCX_*, MV2_* and MLFLOW_*.
@@ -46,6 +48,7 @@ def test_torchrun_on_each_node(cluster, work, hosts, one_node):
     assert nodes_seen(output) == len(cluster.nodes)
 
 
+@EXHAUSTIVE
 def test_mpirun_over_ssh(cluster, work, hosts, one_node):
     output = work / "mpirun"
     exported = [f for key in environment(work) for f in ("-x", key)]

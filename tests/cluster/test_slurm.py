@@ -21,13 +21,14 @@ from jobs import (
     wait_for_step,
     wait_until_restarted,
 )
+from support.exhaustive import EXHAUSTIVE, quick
 from virtual_cluster import unavailable
 
 WHY_NOT = unavailable()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", quick(FILES, {"torchrun"}))
 def test_nodes_train_as_one(cluster, work, one_node, name):
     output = work / name
     job = submit(cluster, work, name, flags(6, output))
@@ -49,7 +50,7 @@ def undisturbed(cluster, work):
     return output
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", quick(FILES, {"torchrun"}))
 def test_announced_end_is_requeued_and_ends_the_same(cluster, work, undisturbed, name):
     """What --signal=B:USR1 does before the time limit, at moments of the test's choice, twice."""
     output = work / f"requeued-{name}"
@@ -87,6 +88,7 @@ def test_a_run_that_cannot_start_is_not_started_again(cluster, work):
     assert "(attempt 1)" not in said
 
 
+@EXHAUSTIVE
 @pytest.mark.skipif(NODES != 2, reason="one replica a node: two nodes")
 def test_hsdp_sends_between_nodes_what_is_counted_as_such(cluster, work):
     """By the interface's own count, in a step: the gradients of what trains, a half from each rank of a node."""
@@ -104,6 +106,7 @@ def test_hsdp_sends_between_nodes_what_is_counted_as_such(cluster, work):
     assert (measured[40] - measured[10]) / 30 == pytest.approx((counted[40] - counted[10]) / 30, rel=0.04)
 
 
+@EXHAUSTIVE
 def test_a_node_set_down_brings_the_job_back(cluster, work, undisturbed):
     output = work / "down"
     job = submit(cluster, work, "torchrun", flags(60, output), DOCTOR="0")
@@ -117,6 +120,7 @@ def test_a_node_set_down_brings_the_job_back(cluster, work, undisturbed):
     assert same_end(output, undisturbed)
 
 
+@EXHAUSTIVE
 def test_a_sweep_runs_a_line_each(cluster, work):
     (work / "sweep.txt").write_text("--learning-rate 2e-3\n--learning-rate 1e-3\n")
     arguments = ["--array=1-2", "--nodes=1", "--gpus-per-node=2", "launch/slurm/sweep.sbatch", *RUN.split()]

@@ -9,25 +9,18 @@ import torch
 from cases.deepspeed_cases import FORCED, MICRO, RANK, STEPS
 from reference.rso import Settings, train
 from support import tiny_llama
-from support.ranks import run_ranks
+from support.environment import needs
+from support.exhaustive import EXHAUSTIVE, quick
+from support.ranks import Cases
 
-pytest.importorskip("deepspeed")
+needs("deepspeed")
+
 STAGES = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Results of both ranks."""
-    out = tmp_path_factory.mktemp("mixed")
-    run_ranks("deepspeed_mixed", out)
-    return [torch.load(out / f"mixed.rank{r}.pt", weights_only=False) for r in (0, 1)]
-
-
-@pytest.fixture(scope="module")
-def results(ranks):
-    for name, result in ranks[0].items():
-        assert not (isinstance(result, dict) and "error" in result), f"{name}: {result['error']}"
-    return ranks[0]
+def results(pools):
+    return Cases(pools, "deepspeed_mixed")
 
 
 @functools.cache
@@ -58,6 +51,7 @@ def test_bf16_with_other_optimizer_wrappers(results, job):
     assert largest(results[job]["losses"], results["bf16-zero2"]["losses"]) < 2e-3
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("stage", STAGES)
 def test_stochastic_rounding(results, stage):
     got = results[f"bf16-zero{stage}-stochastic"]
@@ -69,9 +63,9 @@ def test_stochastic_rounding(results, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_fp32_masters_follow_the_reference(results, ranks, stage):
+def test_fp32_masters_follow_the_reference(results, stage):
     """And exist: the ranks' rows together are at least all rows of every layer."""
-    shares = [r[f"bf16-zero{stage}-masters"]["master_rows"] for r in ranks]
+    shares = [r["master_rows"] for r in results.ranks(f"bf16-zero{stage}-masters")]
     for layer in (name for members in tiny_llama.groups().values() for name in members):
         weight = results[f"bf16-zero{stage}-masters"]["weights"][layer + ".weight"]
         assert sum(share[layer][0] for share in shares) >= weight.shape[0]
@@ -82,7 +76,9 @@ def test_fp32_masters_follow_the_reference(results, ranks, stage):
         torch.testing.assert_close(got["weights"][name], weight, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["coordinate", "coordinate-folded", "coordinate-masters"])
+@pytest.mark.parametrize(
+    "kind", quick(["coordinate", "coordinate-folded", "coordinate-masters"], {"coordinate-folded"})
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_columns_follow_the_reference(results, stage, kind):
     """W in bf16 with coordinates, of which a merge writes r columns. The stages agree to the bit, but for stochastic
@@ -94,6 +90,7 @@ def test_bf16_columns_follow_the_reference(results, stage, kind):
         assert largest(got["losses"], results[f"bf16-zero2-{kind}"]["losses"]) < 1e-6
 
 
+@EXHAUSTIVE
 def test_folded_bf16_columns_with_masters_follow_the_reference(results):
     got = results["bf16-zero3-coordinate-folded-masters"]
     assert largest(got["losses"], columns_reference("masters").losses) < 6e-3
@@ -142,6 +139,7 @@ def test_overflowed_fp16_steps_do_not_count(results, job):
     assert largest([got["losses"][i] for i in kept], reference(kept).losses) < 1e-3
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(
     "job", [*(f"resume-zero{s}" for s in STAGES), "resume-bf16-zero3", "resume-masters-zero2", "resume-masters-zero3"]
 )
@@ -170,13 +168,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_checkpoints_are_refused_on_every_rank(ranks, name):
-    for result in ranks:
-        assert FOREIGN[name] in result["foreign"][name]
+def test_foreign_checkpoints_are_refused_on_every_rank(results, name):
+    for result in results.ranks("foreign"):
+        assert FOREIGN[name] in result[name]
 
 
-def test_refused_checkpoints_leave_the_model_alone(ranks):
-    assert all(result["foreign"]["untouched"] for result in ranks)
+def test_refused_checkpoints_leave_the_model_alone(results):
+    assert all(result["untouched"] for result in results.ranks("foreign"))
 
 
 REFUSALS = {
@@ -203,9 +201,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(ranks, name):
-    for result in ranks:
-        message = result["refusals"][name]
+def test_refusals(results, name):
+    for result in results.ranks("refusals"):
+        message = result[name]
         assert message is not None, "was not refused"
         assert REFUSALS[name] in message
 
@@ -219,16 +217,15 @@ def test_refusals(ranks, name):
         ("moment", "lm_head.weight ("),
     ],
 )
-def test_a_drifted_replica_is_named_on_every_rank(ranks, what, name):
-    for result in ranks:
-        assert f"different bits of {name}" in result[f"divergence-{what}"]
+def test_a_drifted_replica_is_named_on_every_rank(results, what, name):
+    for message in results.ranks(f"divergence-{what}"):
+        assert f"different bits of {name}" in message
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_repeated_overflow_ends_with_our_message(ranks, stage):
+@pytest.mark.parametrize("stage", quick([1, 2, 3], {2}))
+def test_repeated_overflow_ends_with_our_message(results, stage):
     """Scales 4 and 2 are skipped, at 1 it ends."""
-    for result in ranks:
-        message = result[f"lowest scale at zero{stage}"]
+    for message in results.ranks(f"lowest scale at zero{stage}"):
         assert message.startswith("RSOError: gradients overflow fp16 at the lowest loss scale, at step 3, after 2")
 
 

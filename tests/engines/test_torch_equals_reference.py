@@ -10,29 +10,35 @@ import functools
 import json
 
 import pytest
-import torch
-from cases.torch_cases import MICRO, RANK, four_rank_cases, two_rank_cases
+from cases.torch_cases import (
+    MICRO,
+    QUICK_FOUR,
+    QUICK_ONE_BY_ONE,
+    RANK,
+    four_rank_cases,
+    quick_two_rank_cases,
+    two_rank_cases,
+)
 from reference.local_steps import train_apart
 from reference.rso import Settings, train
 from support import tiny_llama
+from support.environment import needs
+from support.exhaustive import quick
 from support.observed_norms import as_run, check_observed
-from support.ranks import run_ranks
+from support.ranks import Cases
 
-pytest.importorskip("transformers")
+needs("transformers")
+
 LOW = ("merge_rounding", "master_weights")
 LOCAL = ("communicate", "outer_momentum")
 CASES = {(2, n): c for n, c in two_rank_cases().items()} | {(4, n): c for n, c in four_rank_cases().items()}
+QUICK = {(2, n) for n in quick_two_rank_cases()} | {(2, n) for n in QUICK_ONE_BY_ONE} | {(4, n) for n in QUICK_FOUR}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp("torch_engines")
-    found = {}
-    for world in (2, 4):
-        run_ranks("torch_engines", out, world)
-        saved = torch.load(out / f"torch_engines{world}.pt", weights_only=False)
-        found |= {(world, name): result for name, result in saved.items()}
-    return found
+def results(pools):
+    """By number of ranks, then by name."""
+    return {world: Cases(pools, "torch_engines", world) for world in (2, 4)}
 
 
 def settings_of(spec):
@@ -69,10 +75,9 @@ def computed(told, world):
     return result
 
 
-@pytest.mark.parametrize(("world", "name"), CASES)
+@pytest.mark.parametrize(("world", "name"), quick(CASES, QUICK))
 def test_equals_reference(results, world, name):
-    spec, got = CASES[world, name], results[world, name]
-    assert "error" not in got, got.get("error")
+    spec, got = CASES[world, name], results[world][name]
     expected = reference(as_run(spec, got), world)
     kept = [loss for i, loss in enumerate(got["losses"]) if i not in spec["poisoned"]]
     assert got["applied"] == len(kept)
@@ -88,16 +93,19 @@ def test_equals_reference(results, world, name):
 OBSERVED = [k for k, s in CASES.items() if s["tolerance"] <= 2e-5 and not s["poisoned"] and LOCAL[0] not in s["rso"]]
 
 
-@pytest.mark.parametrize(("world", "name"), OBSERVED)
+@pytest.mark.parametrize(("world", "name"), quick(OBSERVED, set(OBSERVED) & QUICK))
 def test_observed_norms_equal_the_reference(results, world, name):
-    spec, got = CASES[world, name], results[world, name]
+    spec, got = CASES[world, name], results[world][name]
     check_observed(got["observed"], reference(as_run(spec, got), world), spec["rso"], 1e-3)
 
 
-@pytest.mark.parametrize(("world", "name"), [k for k, s in CASES.items() if s["precision"] == "bf16_weights"])
+BF16_WEIGHTS = [k for k, s in CASES.items() if s["precision"] == "bf16_weights"]
+
+
+@pytest.mark.parametrize(("world", "name"), quick(BF16_WEIGHTS, set(BF16_WEIGHTS) & QUICK))
 def test_merges_into_bf16_weights_go_the_way_of_the_reference(results, world, name):
     """A merge that is lost, or rounded away, leaves a distance of the size of the way itself."""
-    spec, got = CASES[world, name], results[world, name]
+    spec, got = CASES[world, name], results[world][name]
     start = tiny_llama.build(spec["intermediate"]).double().state_dict()
     expected = reference(as_run(spec, got), world).weights
     for layer in (layer for members in tiny_llama.groups().values() for layer in members):
@@ -108,20 +116,20 @@ def test_merges_into_bf16_weights_go_the_way_of_the_reference(results, world, na
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_boundaries_compile_nothing(results, engine):
-    graphs = results[2, f"{engine}-compiled"]["graphs"]
+    graphs = results[2][f"{engine}-compiled"]["graphs"]
     assert 0 < graphs[2] == graphs[-1]
-    assert results[2, engine]["graphs"][-1] == 0
+    assert results[2][engine]["graphs"][-1] == 0
 
 
 @pytest.mark.parametrize(("world", "name"), [(2, "ddp-choice"), (2, "fsdp2-choice"), (4, "hsdp-choice")])
 def test_fp32_weights_that_need_no_exchange_are_folded(results, world, name):
-    assert results[world, name]["form"] == "folded"
+    assert results[world][name]["form"] == "folded"
 
 
 @pytest.mark.parametrize(("world", "plain", "local"), [(2, "ddp", "ddp-local"), (4, "hsdp", "hsdp-local")])
 def test_local_steps_are_other_steps(results, world, plain, local):
     """The cases above would prove nothing if ranks still exchanged at every step."""
-    first, second = results[world, plain], results[world, local]
+    first, second = results[world][plain], results[world][local]
     assert max(abs(a - b) for a, b in zip(first["losses"], second["losses"], strict=False)) > 1e-4
     if plain == "ddp":
         assert second["bytes"]["gradient"] == 0

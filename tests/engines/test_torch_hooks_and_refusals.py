@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
+from support.environment import needs
+from support.ranks import Cases
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rso_ds
 from rso_ds.comm import BucketCompression, DenseSubspace
 
-pytest.importorskip("deepspeed")
+needs("deepspeed")
+
 
 MESSAGES = {
     "bare model": "there are 2 ranks and the model is not wrapped",
@@ -46,22 +48,21 @@ MESSAGES = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp("torch_refusals")
-    run_ranks("torch_refusals", out, 2)
-    return [torch.load(out / f"torch_refusals.rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+def results(pools):
+    return Cases(pools, "torch_refusals")
 
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_refused_on_every_rank(results, name):
-    for rank, result in enumerate(results):
-        message = result["refused"][name]
+    for rank, message in enumerate(results.ranks(f"refused: {name}")):
         assert MESSAGES[name] in message, f"rank {rank}: {message}"
         assert message.startswith("RSO")
 
 
-def test_every_attempt_has_its_message(results):
-    assert set(results[0]["refused"]) == set(MESSAGES)
+def test_every_attempt_has_its_message():
+    from workers.torch_refusals import REFUSED
+
+    assert set(REFUSED) == set(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +74,11 @@ def test_every_attempt_has_its_message(results):
 )  # fmt: skip
 def test_dense_hook_sends_g_p_and_returns_the_projected_mean(results, name):
     """Three draws of P; relative to the largest entry of each gradient."""
-    assert max(r["dense_hook"][name] for r in results) < 2e-5
+    assert max(results.ranks(f"dense hook: {name}")) < 2e-5
 
 
 def test_dense_hook_agrees_with_the_converted_model(results):
-    assert max(r["module mode"] for r in results) < 2e-5
+    assert max(results.ranks("module mode")) < 2e-5
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_error_feedback_keeps_what_rounding_loses_and_forgets_an_overflow():
 
 
 def test_a_replica_that_leaves_a_step_out_keeps_the_schedule_and_its_own_counts(results):
-    first, second = (result["one poisoned replica"] for result in results)
+    first, second = results.ranks("one poisoned replica")
     assert first["lrs"] == second["lrs"]
     assert (first["skipped"], second["skipped"]) == (0, 1)
     assert max(first["steps"]) == max(second["steps"]) + 1

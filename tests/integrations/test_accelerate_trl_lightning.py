@@ -8,11 +8,11 @@ from cases.deepspeed_cases import MICRO, RANK, RSO_DEFAULTS
 from cases.trainer_cases import LR, STEPS, lr_scale
 from reference.rso import Settings, train
 from support import tiny_llama
-from support.ranks import run_ranks
+from support.environment import needs
+from support.ranks import Cases
 from torch import nn
 
-for package in ("deepspeed", "accelerate", "trl", "lightning", "datasets"):
-    pytest.importorskip(package)
+needs("deepspeed", "accelerate", "trl", "lightning", "datasets")
 
 
 class Holder(nn.Module):
@@ -27,18 +27,8 @@ class Holder(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loops")
-    run_ranks("loops", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(out):
-    found = torch.load(out / "loops.pt", weights_only=False)
-    for name, result in found.items():
-        assert "error" not in result, f"{name}: {result['error']}"
-    return found
+def results(pools):
+    return Cases(pools, "loops")
 
 
 def reference(scale, model=None, prefix=""):
@@ -65,25 +55,25 @@ def test_accelerate(results, engine):
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_accelerate_saves(out, results, stage):
+def test_accelerate_saves(results, stage):
     """save_state and load_state go on bit for bit; get_state_dict and save_pretrained give the dense model."""
     from transformers import AutoModelForCausalLM
 
     got = results[f"accelerate-zero{stage}"]
     assert got["again"] == got["losses"]
-    model = AutoModelForCausalLM.from_pretrained(out / f"accelerate{stage}" / "model")
+    model = AutoModelForCausalLM.from_pretrained(results.folder / f"accelerate{stage}" / "model")
     for name, weight in got["weights"].items():
         assert torch.equal(weight, got["resumed"][name]), name
         assert torch.equal(weight, model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("engine", ["zero2", "ddp"])
-def test_sft_trainer(out, results, engine):
+def test_sft_trainer(results, engine):
     from transformers import AutoModelForCausalLM
 
     got = results[f"sft-{engine}"]
     compare(got, reference(lr_scale()))
-    model = AutoModelForCausalLM.from_pretrained(out / f"sft-{engine}")
+    model = AutoModelForCausalLM.from_pretrained(results.folder / f"sft-{engine}")
     assert all(torch.equal(weight, got["weights"][name]) for name, weight in model.state_dict().items())
 
 

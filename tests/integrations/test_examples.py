@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.environment import ROOT
+from support.environment import ROOT, needs
 from support.train_workspace import free_port
 
-pytest.importorskip("transformers")
+needs("transformers")
+
 EXAMPLES = ROOT / "examples"
 BIN = Path(sys.executable).parent
 

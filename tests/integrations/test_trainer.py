@@ -8,26 +8,17 @@ from cases.deepspeed_cases import MICRO, RANK, RSO_DEFAULTS
 from cases.trainer_cases import ENGINES, LR, SAVE_AT, STEPS, cases, lr_scale, weight_decay
 from reference.rso import Settings, train
 from support import tiny_llama
+from support.environment import needs
+from support.exhaustive import quick
 from support.observed_norms import check_observed
-from support.ranks import run_ranks
+from support.ranks import Cases
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("accelerate")
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trainer")
-    run_ranks("trainer", folder)
-    return folder
+needs("deepspeed", "accelerate")
 
 
 @pytest.fixture(scope="module")
-def results(out):
-    found = torch.load(out / "trainer.pt", weights_only=False)
-    for name, result in found.items():
-        assert "error" not in result, f"{name}: {result['error']}"
-    return found
+def results(pools):
+    return Cases(pools, "trainer")
 
 
 def reference(spec, accumulation: int = 1):
@@ -43,16 +34,19 @@ def largest(a, b):
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("name", cases())
+QUICK = {*ENGINES, "zero3-bf16", "fsdp2-bf16", "zero2-accumulation", "zero3-checkpointing-reentrant"}
+
+
+@pytest.mark.parametrize("name", quick(cases(), QUICK))
 def test_training_equals_the_reference(results, name):
     spec, got = cases()[name], results[name]
     expected = reference(spec, spec.get("arguments", {}).get("gradient_accumulation_steps", 1))
     tolerance = spec["tolerance"]
     assert got["draw"] == 4
     if "stage" not in spec:
-        fsdp = ("FSDPShards", "FSDPLlamaForCausalLM")
-        wrappers = fsdp if "fsdp" in name else ("ReplicatedShards", "DistributedDataParallel")
-        assert (got["shards"], got["wrapper"]) == wrappers
+        fsdp = ("FSDPLayout", "FSDPLlamaForCausalLM")
+        wrappers = fsdp if "fsdp" in name else ("ReplicatedLayout", "DistributedDataParallel")
+        assert (got["layout"], got["wrapper"]) == wrappers
     assert largest(got["losses"], expected.losses) < tolerance
     if "bf16" not in name:
         assert got["weights"].keys() >= expected.weights.keys()
@@ -71,18 +65,18 @@ def test_resume_is_bitwise(results, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_model_in_a_checkpoint_is_dense(out, results, engine):
+def test_the_model_in_a_checkpoint_is_dense(results, engine):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(out / f"resume-{engine}" / f"checkpoint-{SAVE_AT}")
     saved = results[f"resume-{engine}"]["saved"]
+    model = AutoModelForCausalLM.from_pretrained(results.folder / f"resume-{engine}" / f"checkpoint-{SAVE_AT}")
     assert model.state_dict().keys() == saved.keys()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, saved[name]), name
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp", "fsdp2"])
-def test_the_best_model_is_loaded_evaluated_and_saved(out, results, engine):
+def test_the_best_model_is_loaded_evaluated_and_saved(results, engine):
     from transformers import AutoModelForCausalLM
 
     got = results[f"best-{engine}"]
@@ -91,7 +85,7 @@ def test_the_best_model_is_loaded_evaluated_and_saved(out, results, engine):
     assert got["again"] == pytest.approx(best, abs=1e-5)
     assert got["predicted"] == pytest.approx(best, abs=1e-5)
     assert got["shape"] == (8, tiny_llama.SEQ, tiny_llama.VOCAB)
-    model = AutoModelForCausalLM.from_pretrained(out / f"best-{engine}")
+    model = AutoModelForCausalLM.from_pretrained(results.folder / f"best-{engine}")
     ids = torch.cat([tiny_llama.tokens(step, 4) for step in range(2)])
     with torch.no_grad():
         assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(best, abs=1e-4)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_llama
-from support.environment import ROOT
+from support.environment import ROOT, needs
 from support.train_workspace import free_port
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("datasets")
+needs("deepspeed", "datasets")
+
 PROGRAMS = ROOT / "tests" / "programs"
 BIN = Path(sys.executable).parent
 LINE = "the quick brown fox jumps over the lazy dog and runs away from nine angry bees"

@@ -1,5 +1,6 @@
 """Settings that every test process and benchmark needs before torch or DeepSpeed is imported."""
 
+import importlib.util
 import os
 import tempfile
 import time
@@ -21,3 +22,12 @@ def prepare() -> None:
     for lock in EXTENSIONS.glob("*/lock"):
         if time.time() - lock.stat().st_mtime > 600:
             lock.unlink()
+
+
+def needs(*packages: str) -> None:
+    """Skip the test module that calls this if a package is not installed. Nothing is imported: that takes its time."""
+    import pytest
+
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}", allow_module_level=True)

@@ -6,20 +6,16 @@ Every rank is a process of its own, forked from a server that has the imports do
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
 import signal
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from support.train_workspace import ROOT, STEPS, Workspace, free_port
-
-_IMPORTS = ["deepspeed", "transformers.models.llama.modeling_llama", "rso_ds.recipes.training.command", "train_ranks"]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_IMPORTS)
+from support.progress import Progress, StandstillError, wait_until
+from support.ranks import forks, free_port, redirect, start_server
+from support.train_workspace import ROOT, STEPS, Workspace
 
 
 class TrainRanks:
@@ -36,9 +32,10 @@ class TrainRanks:
         common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})}
         self.logs = [logs / f"rank{rank}.log" for rank in range(ranks)]
         self.processes = []
+        start_server()
         for rank, log in enumerate(self.logs):
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context.Process(target=run_rank, args=(list(argv), own, str(log), before), daemon=True)
+            process = forks.Process(target=run_rank, args=(list(argv), own, str(log), before), daemon=True)
             process.start()
             self.processes.append(process)
 
@@ -50,24 +47,30 @@ class TrainRanks:
     def running(self) -> bool:
         return all(p.is_alive() for p in self.processes)
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
-        """Exit codes of all ranks (negative: signal); what is left after ``timeout`` seconds is killed, code None."""
-        deadline = time.monotonic() + timeout
-        codes: list[int | None] = []
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            codes.append(process.exitcode)
-        self.stop()
-        return codes
+    def wait(self) -> list[int | None]:
+        """Exit codes of all ranks (negative: signal). Those that stand still are killed, code None."""
+        try:
+            wait_until(lambda: not any(p.is_alive() for p in self.processes), self.progress())
+        except StandstillError:
+            codes = [p.exitcode for p in self.processes]
+            self.stop()
+            return codes
+        return [p.exitcode for p in self.processes]
 
-    def wait_for(self, path: Path, lines: int = 1, timeout: float = 120) -> None:
-        """Until the file ``path`` has so many lines. Raises with the ranks' output if one ends before."""
-        deadline = time.monotonic() + timeout
-        while not (path.is_file() and path.read_text().count("\n") >= lines):
-            if not self.running() or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"{path} did not get {lines} lines:\n{self.text()}")
-            time.sleep(0.02)
+    def wait_for(self, path: Path, lines: int = 1) -> None:
+        """Until the file ``path`` has so many lines. Raises with the ranks' output if one ends or stands still."""
+
+        def there() -> bool:
+            return path.is_file() and path.read_text().count("\n") >= lines
+
+        with contextlib.suppress(StandstillError):
+            wait_until(lambda: there() or not self.running(), self.progress())
+        if not there():
+            self.stop()
+            raise RuntimeError(f"{path} did not get {lines} lines:\n{self.text()}")
+
+    def progress(self) -> Progress:
+        return Progress([p.pid for p in self.processes if p.pid is not None])
 
     def stop(self) -> None:
         for process in self.processes:
@@ -85,17 +88,13 @@ def run(space: Workspace, output: str, *flags: str, ranks: int = 2, steps: int =
     """As ``space.run``, without the launcher: ``stdout`` is all that rank 0 prints, ``stderr`` all of every rank."""
     argv = space.arguments(output, *flags, steps=steps)
     started = TrainRanks(argv, space.folder / "logs" / output, ranks)
-    codes = started.wait(300)
+    codes = started.wait()
     return CompletedProcess(argv, next((code for code in codes if code != 0), 0), started.text(0), started.text())
 
 
 def run_rank(argv: list[str], env: dict[str, str], log: str, before: str) -> None:
     """One rank, in a fresh fork of the server."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    redirect(log)
     os.environ.update(env)
     os.chdir(ROOT)
     import torch

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from support.environment import ROOT
+from support.progress import run_command
+from support.ranks import free_port
 
 from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.data.dataset import PackedTokens, token_file
@@ -20,13 +21,6 @@ REAL_TEXT = ROOT.parent / "shared" / "data" / "eltec-eng"
 BASE = ["--seq-len", "32", "--global-batch", "8", "--micro-batch", "2", "--vocab-size", "400"]
 BASE += ["--log-interval", "1", "--eval-interval", "4", "--eval-tokens", "1500"]
 BASE += ["--sample-tokens", "5", "--save-interval", str(SAVE)]
-
-
-def free_port() -> int:
-    """Another run on this machine may hold the launcher's default port."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Workspace:
@@ -48,7 +42,7 @@ class Workspace:
         command = [str(launcher), *place, "launch/train.py", *self.arguments(output, *flags, steps=steps)]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
         env["PYTHONWARNINGS"] = "ignore"
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+        return run_command(command, cwd=ROOT, env=env)
 
     def metrics(self, output: str) -> list[dict]:
         return [json.loads(line) for line in (self.folder / output / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from support.environment import ROOT
-from support.ranks import run_ranks
+from support.exhaustive import quick
+from support.traces import remembered_traces
 
 import rso_ds
 from rso_ds.cli import main
@@ -161,7 +162,7 @@ def test_every_method_counts_embedding_and_head(tie):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", ["llama-9m", "llama-60m", "llama-130m"])
+@pytest.mark.parametrize("shape", quick(["llama-9m", "llama-60m", "llama-130m"], {"llama-9m"}))
 def test_model_against_measurement(shape, dtype):
     """Kept bytes exactly; the moment's peak within 5 % (the real run frees and allocates in its own order)."""
     build = builder(dtype, "all", llama_config(shape), rank=32)
@@ -240,48 +241,10 @@ def test_other_models_are_traced_as_they_run(kind):
     assert recorder.total == pytest.approx(fake.kept, rel=0.05)
 
 
-# -- states against live engines on two ranks ----------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    pytest.importorskip("deepspeed")
-    out = tmp_path_factory.mktemp("memory")
-    run_ranks("memory_states", out)
-    return json.loads((out / "memory.json").read_text())
-
-
-STATE_CASES = [f"zero{s}-{p}" for s in range(4) for p in ("fp32", "bf16")] + [
-    "zero1-bf16-sgd", "zero2-bf16-coordinate", "zero2-bf16-offload", "zero3-bf16-masters", "zero2-bf16-masters",
-    "zero3-bf16-persistent", "zero3-bf16-hpz", "zero2-fp32-embeddings", "zero3-bf16-embeddings",
-    *(f"zero{s}-bf16-tied" for s in range(4)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", STATE_CASES)
-def test_states_are_those_of_a_live_engine(engines, case):
-    got = engines[case]
-    assert "error" not in got, got.get("error")
-    assert got["missing"] == []
-    measured = got["measured"]
-    model = {k: got["device"][k] + got["host"][k] for k in got["device"]}
-    # Adam's step counts and the padding of flat buffers: a few bytes a parameter.
-    near = {"rel": 0.01, "abs": 256}
-    # hpZ's copies of what trains are dropped after each step and made anew in the next pass.
-    parameters = sum(measured[k] for k in ("W", "B", "dense parameters")) + got["dropped"]
-    assert model["weights"] + model["B or adapters"] == pytest.approx(parameters, **near)
-    assert model["P"] == measured["P"]
-    assert model["solver state"] == pytest.approx(measured["solver state"], **near)
-    assert model["fp32 masters"] == pytest.approx(measured["masters"], **near)
-    assert got["kept_model"] == pytest.approx(got["kept"], rel=0.05)
-
-
-def test_profiling_does_not_undo_gradient_checkpointing(engines):
-    """Naming the ops of a checkpointed graph would recompute every block at once, before backward."""
-    blocks = engines["checkpointing"]["blocks"]
-    assert engines["checkpointing"]["kept"] == 0
-    assert engines["checkpointing"]["passes"] == [blocks, 2 * blocks]
-    assert engines["zero3-fp32"]["passes"] == [blocks, blocks]
+@pytest.fixture(autouse=True)
+def traced_once():
+    with remembered_traces():
+        yield
 
 
 # -- the command -------------------------------------------------------------------------------------

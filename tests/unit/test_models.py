@@ -1,11 +1,12 @@
 """Models by name or folder."""
 
 import pytest
+from support.environment import needs
 
 from rso_ds import RSOConfigError
-
-pytest.importorskip("transformers")
 from rso_ds.models import LLAMA_SHAPES, llama_config, load_model
+
+needs("transformers")
 
 
 @pytest.mark.parametrize(

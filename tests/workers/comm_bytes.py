@@ -1,14 +1,15 @@
-"""One rank: count the bytes of a few steps of every engine and method; save them beside the closed form."""
+"""One rank: the bytes of a few steps of an engine and method, counted, beside the closed form."""
 
 import contextlib
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from cases.comm_cases import INTERVAL, STEPS, cases, full_cases
-from support.case_runner import run_cases
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,9 +21,6 @@ from rso_ds.planning.communication.exchange import Deployment, Exchange, powersg
 from rso_ds.planning.memory.methods import method
 from rso_ds.recipes.training.torch_engine import TorchEngine
 from rso_ds.solvers.groups import decay_groups
-
-OUT = Path(sys.argv[1])
-CONTEXT = None
 
 
 def build(spec):
@@ -60,7 +58,8 @@ def engine_of(spec, model):
         if spec["method"] != "rso":
             count_traffic(engine)
         return engine
-    engine = TorchEngine(model, config, spec["engine"], CONTEXT, spec["replicas"])
+    context = RankContext(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
+    engine = TorchEngine(model, config, spec["engine"], context, spec["replicas"])
     if spec["method"] == "powersgd":
         # It starts collectives from callbacks, whose order over several buckets gloo does not keep.
         engine._wrapped = DistributedDataParallel(model, bucket_cap_mb=1000)
@@ -120,7 +119,7 @@ def watched(traffic, model):
     found["in_all"] = traffic.total("gradient") - start
 
 
-def run(spec):
+def count(spec):
     model = build(spec)
     expected = predicted(spec, build(spec))
     if spec["method"] == "lora":
@@ -152,13 +151,18 @@ def run(spec):
     return {"measured": measured, "predicted": expected, "inter_node": crossing, "during_backward": during}
 
 
-os.environ["RSO_DS_NODE"] = f"node{int(os.environ['RANK']) * 2 // int(os.environ['WORLD_SIZE'])}"
-import deepspeed  # noqa: E402  (after the environment)
+@contextmanager
+def two_nodes() -> Iterator[None]:
+    """The first half of the ranks is one node, the second another."""
+    os.environ["RSO_DS_NODE"] = f"node{dist.get_rank() * 2 // dist.get_world_size()}"
+    install().learn_nodes()
+    try:
+        yield
+    finally:
+        del os.environ["RSO_DS_NODE"]
 
-deepspeed.init_distributed("gloo", verbose=False)
-CONTEXT = RankContext(dist.get_rank(), dist.get_rank(), dist.get_world_size(), False)
-install().learn_nodes()
-only = os.environ.get("ONLY_ROWS", "")
-every = (full_cases if os.environ.get("FULL") else cases)(dist.get_world_size())
-chosen = {name: spec for name, spec in every.items() if only in name}
-run_cases(chosen, run, OUT / f"comm_bytes{dist.get_world_size()}.pt")
+
+def run(case: str, _: Path) -> dict[str, Any]:
+    spec = (cases(dist.get_world_size()) | full_cases(dist.get_world_size()))[case]
+    with two_nodes():
+        return count(spec)

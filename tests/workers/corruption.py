@@ -1,8 +1,4 @@
-"""Two ranks, one engine: save, go on training, then try to load many damaged copies of the checkpoint.
-
-``OUT/plan.json``: {"engine": flags of the main command, "flips": random bit flips a file, "seed": of their places}.
-Writes ``OUT/corruption.json``: one object for each case.
-"""
+"""Two ranks, one engine: save, go on training, then try to load many damaged copies of the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,8 @@ from rso_ds.recipes.training.arguments import parse_arguments
 from rso_ds.recipes.training.engines import build_engine
 from rso_ds.recipes.training.fill_json import fill, read_json
 
-OUT = Path(sys.argv[1])
-PLAN = json.loads((OUT / "plan.json").read_text())
+OUT = Path()  # of the case that runs
+PLAN: dict[str, Any] = {}
 VOCAB = 64
 Case = tuple[str, str, Callable[[Path], Any]]  # file at fault, what is done, how it is done to a copied folder
 
@@ -155,7 +150,12 @@ def attempt(engine: Any, context: Any, original: Path, case: Case) -> dict[str, 
     return result
 
 
-def main() -> None:
+def run(case: str, folder: Path) -> list[dict[str, Any]]:
+    """What became of each damaged copy. ``case``, as JSON: {"engine": flags of the main command, "flips": random bit
+    flips a file, "seed": of their places}."""
+    global OUT
+    OUT = folder
+    PLAN.update(json.loads(case))
     context = start(60)
     other = build(1, context)
     train(other, 1, 3, context)
@@ -167,15 +167,7 @@ def main() -> None:
     train(engine, 9, 1, context)  # what is in memory differs from every checkpoint
     original, foreign = OUT / "original", OUT / "other" / "step3"
     assert (original / "step3" / MANIFEST).is_file()
-    results = []
-    for case in [*file_cases(original / "step3", foreign), *folder_cases(foreign)]:
-        results.append(attempt(engine, context, original, case))
-        if context.rank == 0:
-            (OUT / "corruption.json").write_text(json.dumps(results, indent=1))
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # threads of torch's process groups may abort the interpreter's shutdown
-
-
-main()
+    return [
+        attempt(engine, context, original, damage)
+        for damage in [*file_cases(original / "step3", foreign), *folder_cases(foreign)]
+    ]

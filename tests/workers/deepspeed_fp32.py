@@ -1,24 +1,25 @@
-"""One rank: train every fp32 case, save losses, final dense weights and what the run did."""
+"""One rank: train an fp32 case under DeepSpeed; losses, final dense weights and what the run did."""
 
 import contextlib
-import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from cases.deepspeed_cases import MICRO, STEPS, fp32_cases
 from support import tiny_llama
-from support.case_runner import compiled_graphs, run_cases
+from support.graphs import compiled_graphs
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.engines.observer import Observer
 
-OUT = Path(sys.argv[1])
+CASES = fp32_cases()
 
 
-def run(spec):
+def run(case: str, _: Path) -> dict[str, Any]:
+    spec = CASES[case]
     config = {**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}
     rank, world = dist.get_rank(), dist.get_world_size()
     if spec["zero_init"]:
@@ -78,9 +79,3 @@ def run(spec):
     with contextlib.suppress(Exception):
         engine.destroy()
     return result
-
-
-deepspeed.init_distributed("gloo")
-only = sys.argv[2:]
-chosen = {name: spec for name, spec in fp32_cases().items() if not only or name in only}
-run_cases(chosen, run, OUT / "fp32.pt")

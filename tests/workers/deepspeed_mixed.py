@@ -1,27 +1,26 @@
-"""One rank: low precision, overflow, checkpoints and refusals under DeepSpeed."""
+"""One rank: low precision, overflow, checkpoints and refusals under DeepSpeed, job by job."""
 
 import contextlib
 import json
 import shutil
 import subprocess
 import sys
-import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from cases.deepspeed_cases import FORCED, MICRO, STEPS, case
-from deepspeed.accelerator import get_accelerator
 from support import tiny_llama
+from support.fp16 import fp16_on_any_cpu
 from support.resealed_checkpoints import reseal
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.comm import leave_process_groups
 from rso_ds.integrations.deepspeed_import import own_initialize
 
-OUT = Path(sys.argv[1])
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000, "hysteresis": 1}}
 COLUMNS, FOLDED = {"sampler": "coordinate"}, {"form": "folded", "merge_rounding": "stochastic"}
@@ -212,10 +211,10 @@ def refusals():
     }
 
 
-def unmodified():
+def unmodified(folder):
     """An unmodified deepspeed.initialize call, config given by path."""
     spec = case(2)
-    path = OUT / f"config{dist.get_rank()}.json"
+    path = folder / f"config{dist.get_rank()}.json"
     path.write_text(json.dumps({**spec["json"], "optimizer": {"type": "RSO", "params": spec["rso"]}}))
     model = tiny_llama.build()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=str(path))
@@ -266,56 +265,43 @@ def overflow(stage, **rso):
     return finish(engine, steps(engine, 0, STEPS, lambda step: 1e8 if step in FORCED else 1.0))
 
 
-JOBS = {}
+JOBS: dict[str, Callable[[Path], Any]] = {}
 for stage in range(4):
-    JOBS[f"bf16-zero{stage}"] = lambda s=stage: train(case(s, **BF16))
-    JOBS[f"bf16-zero{stage}-stochastic"] = lambda s=stage: train(case(s, {"merge_rounding": "stochastic"}, **BF16))
-    JOBS[f"fp16-zero{stage}"] = lambda s=stage: overflow(s)
-    JOBS[f"nonfinite-zero{stage}"] = lambda s=stage: nonfinite(s)
-    JOBS[f"resume-zero{stage}"] = lambda s=stage: resume(case(s, {"carry_over": "project"}), str(OUT / f"ck{s}"), 7)
-    JOBS[f"autocast-zero{stage}"] = lambda s=stage: train(case(s, **AUTOCAST))
-    JOBS[f"bf16-zero{stage}-masters"] = lambda s=stage: train(
+    JOBS[f"bf16-zero{stage}"] = lambda to, s=stage: train(case(s, **BF16))
+    JOBS[f"bf16-zero{stage}-stochastic"] = lambda to, s=stage: train(case(s, {"merge_rounding": "stochastic"}, **BF16))
+    JOBS[f"fp16-zero{stage}"] = lambda to, s=stage: overflow(s)
+    JOBS[f"nonfinite-zero{stage}"] = lambda to, s=stage: nonfinite(s)
+    JOBS[f"resume-zero{stage}"] = lambda to, s=stage: resume(case(s, {"carry_over": "project"}), str(to / f"ck{s}"), 7)
+    JOBS[f"autocast-zero{stage}"] = lambda to, s=stage: train(case(s, **AUTOCAST))
+    JOBS[f"bf16-zero{stage}-masters"] = lambda to, s=stage: train(
         case(s, {"master_weights": "cpu"}, intermediate=85, **BF16)
     )
-    JOBS[f"bf16-zero{stage}-coordinate"] = lambda s=stage: train(case(s, COLUMNS, intermediate=85, **BF16))
-    JOBS[f"bf16-zero{stage}-coordinate-folded"] = lambda s=stage: train(case(s, {**COLUMNS, **FOLDED}, **BF16))
-    JOBS[f"bf16-zero{stage}-coordinate-masters"] = lambda s=stage: train(
+    JOBS[f"bf16-zero{stage}-coordinate"] = lambda to, s=stage: train(case(s, COLUMNS, intermediate=85, **BF16))
+    JOBS[f"bf16-zero{stage}-coordinate-folded"] = lambda to, s=stage: train(case(s, {**COLUMNS, **FOLDED}, **BF16))
+    JOBS[f"bf16-zero{stage}-coordinate-masters"] = lambda to, s=stage: train(
         case(s, {**COLUMNS, "master_weights": "cpu"}, intermediate=85, **BF16)
     )
-    JOBS[f"gpt2-zero{stage}"] = lambda s=stage: gpt2(s)
-JOBS["resume-masters-zero2"] = lambda: resume(case(2, {"master_weights": "device"}, **BF16), str(OUT / "ckm2"), 7)
-JOBS["resume-masters-zero3"] = lambda: resume(case(3, {"master_weights": "cpu"}, **BF16), str(OUT / "ckm3"), 7)
-JOBS["bf16-zero3-coordinate-folded-masters"] = lambda: train(
+    JOBS[f"gpt2-zero{stage}"] = lambda to, s=stage: gpt2(s)
+JOBS["resume-masters-zero2"] = lambda to: resume(case(2, {"master_weights": "device"}, **BF16), str(to / "ckm2"), 7)
+JOBS["resume-masters-zero3"] = lambda to: resume(case(3, {"master_weights": "cpu"}, **BF16), str(to / "ckm3"), 7)
+JOBS["bf16-zero3-coordinate-folded-masters"] = lambda to: train(
     case(3, {**COLUMNS, "form": "folded", "master_weights": "device"}, intermediate=85, **BF16)
 )
-JOBS["fp16-zero0-fused"] = lambda: overflow(0, torch_adam=False)
-JOBS["bf16-zero0-fused"] = lambda: train(case(0, {"torch_adam": False}, **BF16))
-JOBS["bf16-zero1-fp32_accum"] = lambda: train(case(1, data_types={"grad_accum_dtype": "fp32"}, **BF16))
-JOBS["resume-bf16-zero3"] = lambda: resume(case(3, **BF16), str(OUT / "ckbf"), 7)
-JOBS["foreign"] = lambda: foreign_checkpoints(OUT / "foreign")
-JOBS["refusals"] = refusals
-JOBS["divergence-w"] = lambda: divergence(1, drift_w)
+JOBS["fp16-zero0-fused"] = lambda to: overflow(0, torch_adam=False)
+JOBS["bf16-zero0-fused"] = lambda to: train(case(0, {"torch_adam": False}, **BF16))
+JOBS["bf16-zero1-fp32_accum"] = lambda to: train(case(1, data_types={"grad_accum_dtype": "fp32"}, **BF16))
+JOBS["resume-bf16-zero3"] = lambda to: resume(case(3, **BF16), str(to / "ckbf"), 7)
+JOBS["foreign"] = lambda to: foreign_checkpoints(to / "foreign")
+JOBS["refusals"] = lambda to: refusals()
+JOBS["divergence-w"] = lambda to: divergence(1, drift_w)
 for stage in (1, 2, 3):
-    JOBS[f"lowest scale at zero{stage}"] = lambda s=stage: lowest_scale(s)
-JOBS["divergence-w2"] = lambda: divergence(2, drift_w)
-JOBS["divergence-dense"] = lambda: divergence(0, drift_dense)
-JOBS["divergence-moment"] = lambda: divergence(0, drift_moment)
+    JOBS[f"lowest scale at zero{stage}"] = lambda to, s=stage: lowest_scale(s)
+JOBS["divergence-w2"] = lambda to: divergence(2, drift_w)
+JOBS["divergence-dense"] = lambda to: divergence(0, drift_dense)
+JOBS["divergence-moment"] = lambda to: divergence(0, drift_moment)
 JOBS["unmodified"] = unmodified
 
-# DeepSpeed asks oneDNN whether this CPU has fast fp16; torch computes fp16 on any CPU.
-get_accelerator().is_fp16_supported = lambda: True
-deepspeed.init_distributed("gloo")
-only = sys.argv[2:]
-results = {}
-for name, job in JOBS.items():
-    if only and name not in only:
-        continue
-    print("JOB", name, flush=True)
-    try:
-        results[name] = job()
-    except Exception:
-        traceback.print_exc()
-        results[name] = {"error": traceback.format_exc()}
-    torch.save(results, OUT / f"mixed.rank{dist.get_rank()}.pt")
-dist.barrier()
-leave_process_groups()
+
+def run(case: str, folder: Path) -> Any:
+    with fp16_on_any_cpu():
+        return JOBS[case](folder)

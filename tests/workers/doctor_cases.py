@@ -1,23 +1,19 @@
-"""One rank: meet once, then compare with the others under one fault after another; save what was found."""
+"""One rank: compare with the others under one fault after another; what was found."""
 
 import dataclasses
-import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rso_ds.comm import leave_process_groups
-from rso_ds.comm.launch import export_launch_environment
+from rso_ds.comm.launch import find_launch
 from rso_ds.comm.outcome import gathered
 from rso_ds.doctor import together
-from rso_ds.doctor.rendezvous import rendezvous
 from rso_ds.doctor.speed import findings_of, measure
 
-OUT = Path(sys.argv[1])
-LAUNCH = export_launch_environment()
+LAUNCH = find_launch(os.environ)
 SECOND = LAUNCH.rank == 1
 CONFIG = {"optimizer": {"type": "RSO", "params": {"lr": 0.1}}}
 
@@ -60,26 +56,24 @@ def wrong_sum(everyone):
         dist.all_reduce = right
 
 
-rendezvous(LAUNCH, 60)
-same, found = compare()
-apart, on_two = on_two_nodes(0)
-results = {
-    "same": found,
-    "config": compare({"optimizer": {"type": "RSO", "params": {"lr": 0.2 if SECOND else 0.1}}})[1],
-    "version": compare(versions={"torch": "2.6.0" if SECOND else "2.7.1"})[1],
-    "code": compare(code="a" if SECOND else "b")[1],
-    "variable": compare(variables={"NCCL_DEBUG": "INFO"} if SECOND else {})[1],
-    "local_rank": compare(local_rank=0)[1],
-    "gpu": compare(gpu="GPU-1")[1],
-    "two_nodes": on_two,
-    "ahead_5": on_two_nodes(5)[1],
-    "behind_100": on_two_nodes(-100)[1],
-    "speed": speeds(same),
-    "speed_apart": speeds(apart),
-    "speed_slow": speeds(apart, link=1e15),
-    "wrong_sum": wrong_sum(same),
-}
-text = {case: [vars(finding) for finding in found] for case, found in results.items()}
-(OUT / f"doctor.rank{LAUNCH.rank}.json").write_text(json.dumps(text))
-dist.barrier()
-leave_process_groups()
+def run(case: str, _: Path) -> dict[str, Any]:
+    """All faults one after the other; ``case`` is "all"."""
+    same, found = compare()
+    apart, on_two = on_two_nodes(0)
+    results = {
+        "same": found,
+        "config": compare({"optimizer": {"type": "RSO", "params": {"lr": 0.2 if SECOND else 0.1}}})[1],
+        "version": compare(versions={"torch": "2.6.0" if SECOND else "2.7.1"})[1],
+        "code": compare(code="a" if SECOND else "b")[1],
+        "variable": compare(variables={"NCCL_DEBUG": "INFO"} if SECOND else {})[1],
+        "local_rank": compare(local_rank=0)[1],
+        "gpu": compare(gpu="GPU-1")[1],
+        "two_nodes": on_two,
+        "ahead_5": on_two_nodes(5)[1],
+        "behind_100": on_two_nodes(-100)[1],
+        "speed": speeds(same),
+        "speed_apart": speeds(apart),
+        "speed_slow": speeds(apart, link=1e15),
+        "wrong_sum": wrong_sum(same),
+    }
+    return {case: [vars(finding) for finding in found] for case, found in results.items()}

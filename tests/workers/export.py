@@ -1,15 +1,13 @@
 """One rank: train under every engine, save a checkpoint in the middle of a subspace, and the weights it stands for."""
 
 import contextlib
-import sys
 from pathlib import Path
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from cases.export_cases import CASES, MICRO, STEPS
 from support import tiny_llama
-from support.case_runner import run_cases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 
-OUT, VOCAB = Path(sys.argv[1]), 63
+VOCAB = 63
 
 
 def micro_batch(step):
@@ -68,12 +66,9 @@ def under_torch(spec, model, rso):
     return dense_state_dict(bare)
 
 
-def run(spec):
+def run(case: str, folder: Path) -> dict[str, Any]:
+    spec = CASES[case]
     rso = {"lr": 1e-2, "rank": 5, "interval": 3, **spec["rso"]}
     model = tiny_llama.build(85, vocab=VOCAB, tie=spec["tie"])
     under = under_torch if spec["engine"] in ("ddp", "fsdp2") else under_deepspeed
-    return {"weights": under({**spec, "folder": OUT / spec["name"]}, model, rso)}
-
-
-deepspeed.init_distributed("gloo")
-run_cases({name: {**spec, "name": name} for name, spec in CASES.items()}, run, OUT / "weights.pt")
+    return {"weights": under({**spec, "folder": folder / case}, model, rso)}

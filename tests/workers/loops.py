@@ -1,10 +1,9 @@
 """One rank: RSO in the loops of Accelerate, TRL and Lightning."""
 
 import gc
-import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +13,12 @@ from accelerate.utils import DummyOptim, DummyScheduler
 from cases.deepspeed_cases import MICRO, RSO_DEFAULTS
 from cases.trainer_cases import LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, deepspeed_json
 from support import tiny_llama
-from support.case_runner import run_cases
 from torch.utils.data import DataLoader, Subset
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 
-OUT = Path(sys.argv[1])
+OUT = Path()  # of the case that runs
 
 
 def forget():
@@ -219,15 +217,19 @@ def lightning(stage):
     return {"losses": mean_over_ranks(module.losses), "weights": straight, "loaded_is_saved": same}
 
 
-dist.init_process_group("gloo")
-if dist.get_rank() == 0:
-    write_tokenizer()
-dist.barrier()
-work = {f"accelerate-zero{stage}": (accelerate_deepspeed, stage) for stage in range(4)}
-work["accelerate-ddp"] = (accelerate_ddp,)
-work["sft-zero2"] = (sft, "zero2")
-work["sft-ddp"] = (sft, "ddp")
-work["lightning-zero2"] = (lightning, 2)
-work["lightning-zero3"] = (lightning, 3)
-only = sys.argv[2:] or json.loads(os.environ.get("ONLY", "[]"))
-run_cases({n: s for n, s in work.items() if not only or n in only}, lambda spec: spec[0](*spec[1:]), OUT / "loops.pt")
+WORK: dict[str, Any] = {f"accelerate-zero{stage}": (accelerate_deepspeed, stage) for stage in range(4)}
+WORK["accelerate-ddp"] = (accelerate_ddp,)
+WORK["sft-zero2"] = (sft, "zero2")
+WORK["sft-ddp"] = (sft, "ddp")
+WORK["lightning-zero2"] = (lightning, 2)
+WORK["lightning-zero3"] = (lightning, 3)
+
+
+def run(case: str, folder: Path) -> dict[str, Any]:
+    global OUT
+    OUT = folder
+    if dist.get_rank() == 0:
+        write_tokenizer()
+    dist.barrier()
+    act, *arguments = WORK[case]
+    return act(*arguments)

@@ -1,21 +1,17 @@
-"""One rank: what live engines hold at each stage, beside what the account says they hold."""
+"""One rank: what a live engine holds, beside what the account says it holds."""
 
 import json
-import sys
-import traceback
 from pathlib import Path
+from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 from support import tiny_llama
 
 import rso_ds
-from rso_ds.comm import leave_process_groups
 from rso_ds.planning.memory.account import Accountant, model_builder
 from rso_ds.planning.memory.profile import StepProfiler
 from rso_ds.planning.memory.states import Engine
 
-OUT = Path(sys.argv[1])
 BUCKET = 4096
 
 
@@ -40,7 +36,7 @@ def cases():
     yield "zero3-bf16-hpz", 3, "bf16", {"interval": 9}, {"zero_hpz_partition_size": 2}
 
 
-def run(stage, precision, rso, zero, checkpointing=False, tie=False):
+def measure(stage, precision, rso, zero, checkpointing=False, tie=False):
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
@@ -91,16 +87,8 @@ def run(stage, precision, rso, zero, checkpointing=False, tie=False):
     return result
 
 
-deepspeed.init_distributed("gloo")
-results = {}
-for name, *case in cases():
-    print("CASE", name, flush=True)
-    try:
-        results[name] = run(*case)
-    except Exception:
-        traceback.print_exc()
-        results[name] = {"error": traceback.format_exc()}
-if dist.get_rank() == 0:
-    (OUT / "memory.json").write_text(json.dumps(results))
-dist.barrier()
-leave_process_groups()
+CASES = {name: options for name, *options in cases()}
+
+
+def run(case: str, _: Path) -> dict[str, Any]:
+    return measure(*CASES[case])

@@ -1,16 +1,13 @@
-"""One rank of one set of processes: saves runs, or continues them. The environment variable PHASE says which."""
+"""One rank of one set of processes: saves runs, or continues them, as the first word of the case says."""
 
 import contextlib
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from cases.resume_cases import (
     CHAINS,
-    CROSSINGS,
     CUTS,
     GLOBAL_BATCH,
     SAVE,
@@ -20,10 +17,9 @@ from cases.resume_cases import (
     four_rank_cases,
     two_rank_cases,
 )
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.lr_schedules import WarmupLR
 from support import tiny_llama
-from support.case_runner import run_cases
+from support.fp16 import fp16_on_any_cpu
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 
-OUT, PHASE = Path(sys.argv[1]), os.environ["PHASE"]
+CASES = two_rank_cases() | four_rank_cases()
 SCHEDULE = {"warmup_min_lr": 1e-4, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
 CLIP = 0.5
 
@@ -122,27 +118,28 @@ class Run:
         return result
 
 
-def save(name, spec):
+def save(folder, name):
     """Straight through; the checkpoint is taken on the way."""
+    spec = CASES[name]
     run = Run(spec)
     losses = run.steps(0, SAVE)
-    run.checkpoints.save(OUT / "ck" / name, "middle", {"note": [1, "kept"]}, wait=not spec["background"])
+    run.checkpoints.save(folder / "ck" / name, "middle", {"note": [1, "kept"]}, wait=not spec["background"])
     losses += run.steps(SAVE, STEPS)
     run.checkpoints.wait()
     return run.finish(losses)
 
 
-def resume(source, spec):
-    run = Run(spec)
+def resume(folder, source, target):
+    run = Run(CASES[target])
     torch.manual_seed(999)  # what the checkpoint must undo
-    _, client = run.checkpoints.load(OUT / "ck" / source)
+    _, client = run.checkpoints.load(folder / "ck" / source)
     return run.finish(run.steps(SAVE, STEPS), client=client)
 
 
-def link(chain, index):
+def link(folder, chain, index):
     """One part of a chain of runs on different numbers of ranks."""
     run = Run(case(CHAINS[chain][index]))
-    folder = OUT / "chains" / chain
+    folder = folder / "chains" / chain
     if index:
         run.checkpoints.load(folder)
     losses = run.steps(CUTS[index], CUTS[index + 1])
@@ -151,26 +148,14 @@ def link(chain, index):
     return run.finish(losses)
 
 
-def jobs():
-    cases = two_rank_cases()
-    found = {}
-    if PHASE == "save":
-        found = {name: lambda n=name: save(n, cases[n]) for name in cases}
-    elif PHASE == "resume":
-        found = {name: lambda n=name: resume(n, cases[n]) for name in cases}
-        found |= {f"{a} -> {b}": lambda a=a, b=b: resume(a, cases[b]) for a, b in CROSSINGS}
-    elif PHASE in ("save4", "resume4"):
-        four = four_rank_cases()
-        act = save if PHASE == "save4" else resume
-        found = {name: lambda n=name: act(n, four[n]) for name in four}
-    index = {"first": 0, "save": 1, "save4": 2, "last": 3}.get(PHASE)
-    if index is not None:
-        found |= {f"chain {name}": lambda n=name: link(n, index) for name in CHAINS}
-    return found
-
-
-# DeepSpeed asks oneDNN whether this CPU has fast fp16; torch computes fp16 on any CPU.
-get_accelerator().is_fp16_supported = lambda: True
-deepspeed.init_distributed("gloo")
-wanted = sys.argv[2:]
-run_cases({n: j for n, j in jobs().items() if not wanted or n in wanted}, lambda job: job(), OUT / f"{PHASE}.pt")
+def run(case: str, folder: Path) -> dict[str, Any]:
+    """``case``: "save NAME", "resume NAME", "resume SAVED -> NAME" or "N of CHAIN", the Nth part of a run."""
+    act, _, name = case.partition(" ")
+    with fp16_on_any_cpu():
+        if act == "save":
+            return save(folder, name)
+        if act == "resume":
+            source, _, target = name.partition(" -> ")
+            return resume(folder, source, target or source)
+        index, _, chain = name.partition(" of ")
+        return link(folder, chain, int(index))

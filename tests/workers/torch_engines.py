@@ -1,14 +1,14 @@
-"""One rank: train every case of tests/cases/torch_cases.py under DDP, FSDP2 or HSDP, save what it did."""
+"""One rank: train a case of tests/cases/torch_cases.py under DDP, FSDP2 or HSDP; what it did."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from cases.torch_cases import MICRO, four_rank_cases, two_rank_cases
 from support import tiny_llama
-from support.case_runner import compiled_graphs, run_cases
+from support.graphs import compiled_graphs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,7 +19,7 @@ from rso_ds.checkpoint import dense_state_dict
 from rso_ds.comm import BucketCompression, compress_hook, install
 from rso_ds.engines.observer import Observer
 
-OUT = Path(sys.argv[1])
+CASES = {2: two_rank_cases(), 4: four_rank_cases()}
 
 
 def wrap(model, spec):
@@ -47,8 +47,9 @@ def wrap(model, spec):
     return model, extra
 
 
-def run(spec):
+def run(case: str, _: Path) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
+    spec = CASES[world][case]
     config = rso_ds.RSOConfig(**spec["rso"])
     model = tiny_llama.build(spec["intermediate"], **spec["model"])
     if spec["checkpointing"]:
@@ -105,8 +106,3 @@ def run(spec):
         "bytes": {kind: traffic.total(kind) - n for kind, n in before.items()},
         "weights": dense_state_dict(bare),
     }
-
-
-dist.init_process_group("gloo")
-cases = two_rank_cases() if dist.get_world_size() == 2 else four_rank_cases()
-run_cases(cases, run, OUT / f"torch_engines{dist.get_world_size()}.pt")

@@ -1,9 +1,9 @@
-"""Two ranks: the hook for dense models against hand-projected gradients, and everything that must be refused."""
+"""One rank of two: the hook for dense models against hand-projected gradients, and everything that must be refused."""
 
 import pickle
-import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +23,12 @@ from rso_ds.comm import (
     compress_hook,
     dense_subspace_hook,
     install,
-    leave_process_groups,
 )
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.layers import rso_layers
 from rso_ds.recipes.training.torch_engine import TorchEngine
 from rso_ds.subspace import dense_projection, sample_projection
 
-OUT = Path(sys.argv[1])
 TOKENS = ["default", "embeddings", "head"]
 CONFIG = rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6)
 LOCAL = rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, communicate="boundary")
@@ -311,17 +309,7 @@ REFUSED = {
     "to_dense under fsdp2": lambda: rso_ds.to_dense(sharded()),
 }
 
-dist.init_process_group("gloo")
-results = {"refused": {}, "dense_hook": {}}
-for name, attempt in REFUSED.items():
-    try:
-        attempt()
-        results["refused"][name] = "NOT REFUSED"
-    except rso_ds.RSOError as error:
-        results["refused"][name] = f"{type(error).__name__}: {error}"
-    except Exception:
-        results["refused"][name] = traceback.format_exc()
-for name, (make, options, feedback) in {
+DENSE_HOOK = {
     "haar": (tiny_llama.build, {}, False),
     "coordinate": (tiny_llama.build, {"sampler": "coordinate"}, False),
     "gaussian": (tiny_llama.build, {"sampler": "gaussian"}, False),
@@ -330,10 +318,27 @@ for name, (make, options, feedback) in {
     "coordinate with feedback": (tiny_llama.build, {"sampler": "coordinate"}, True),
     "GPT-2": (gpt2, {}, False),
     "tied embeddings": (lambda: tiny_llama.build(tie=True), {"targets": TOKENS}, False),
-}.items():
-    results["dense_hook"][name] = dense_hook(make, rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, **options), feedback)
-results["one poisoned replica"] = one_poisoned_replica(OUT / "poisoned")
-results["module mode"] = same_as_module_mode()
-torch.save(results, OUT / f"torch_refusals.rank{dist.get_rank()}.pt")
-dist.barrier()
-leave_process_groups()
+}
+
+
+def message_of(attempt):
+    try:
+        attempt()
+    except rso_ds.RSOError as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return traceback.format_exc()
+    return "NOT REFUSED"
+
+
+def run(case: str, folder: Path) -> Any:
+    """``case``: "refused: NAME", "dense hook: NAME", "one poisoned replica" or "module mode"."""
+    if case == "one poisoned replica":
+        return one_poisoned_replica(folder / "poisoned")
+    if case == "module mode":
+        return same_as_module_mode()
+    kind, _, name = case.partition(": ")
+    if kind == "refused":
+        return message_of(REFUSED[name])
+    make, options, feedback = DENSE_HOOK[name]
+    return dense_hook(make, rso_ds.RSOConfig(rank=5, interval=2, eps=1e-6, **options), feedback)

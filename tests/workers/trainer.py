@@ -2,8 +2,10 @@
 
 import gc
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -21,7 +23,6 @@ from cases.trainer_cases import (
     weight_decay,
 )
 from support import tiny_llama
-from support.case_runner import run_cases
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -30,8 +31,7 @@ import rso_ds
 from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.integrations.trainer import with_rso
 
-OUT = Path(sys.argv[1])
-START = OUT / "start"
+OUT = START = Path()  # of the case that runs
 
 
 class InOrder(Trainer):
@@ -39,7 +39,8 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def admit_fsdp_on_cpu():
+@contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
     """Accelerate refuses FSDP on CPU ranks, which torch's FSDP2 runs on: call them by another kind's name."""
     inner = PartialState.__init__
 
@@ -49,6 +50,10 @@ def admit_fsdp_on_cpu():
             self.distributed_type = DistributedType.MULTI_XPU
 
     PartialState.__init__ = init
+    try:
+        yield
+    finally:
+        PartialState.__init__ = inner
 
 
 def trainer_of(spec, name, logs=False, **options):
@@ -96,7 +101,7 @@ def result_of(trainer, **more):
         "evaluations": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "weights": rso_ds.checkpoint.dense_state_dict(bare),
         "draw": boundary.draw,
-        "shards": type(boundary.layout).__name__,
+        "layout": type(boundary.layout).__name__,
         "wrapper": type(trainer.model_wrapped).__name__,
         **more,
     }
@@ -155,16 +160,19 @@ def dispatch(spec):
     return {"train": train, "resume": resume, "best": best}[spec.get("do", "train")](spec)
 
 
-dist.init_process_group("gloo")
-admit_fsdp_on_cpu()
-if dist.get_rank() == 0:
-    tiny_llama.build().save_pretrained(START)
-dist.barrier()
-work = dict(cases())
+WORK: dict[str, dict[str, Any]] = dict(cases())
 for engine, spec in ENGINES.items():
     resume_rso = {"carry_over": "project"}
-    work[f"resume-{engine}"] = {**spec, "do": "resume", "rso": resume_rso, "name": f"resume-{engine}"}
+    WORK[f"resume-{engine}"] = {**spec, "do": "resume", "rso": resume_rso, "name": f"resume-{engine}"}
 for engine in ("zero2", "zero3", "ddp", "fsdp2"):
-    work[f"best-{engine}"] = {**ENGINES[engine], "do": "best", "name": f"best-{engine}"}
-only = sys.argv[2:]
-run_cases({n: s for n, s in work.items() if not only or n in only}, dispatch, OUT / "trainer.pt")
+    WORK[f"best-{engine}"] = {**ENGINES[engine], "do": "best", "name": f"best-{engine}"}
+
+
+def run(case: str, folder: Path) -> dict[str, Any]:
+    global OUT, START
+    OUT, START = folder, folder / "start"
+    if dist.get_rank() == 0 and not START.exists():
+        tiny_llama.build().save_pretrained(START)
+    dist.barrier()
+    with fsdp_on_cpu():
+        return dispatch(WORK[case])

@@ -1,0 +1,28 @@
+"""Traces of memory that tests of one process share: many commands account for the same large model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from rso_ds.planning.memory.account import Accountant
+
+_TRACES: dict[Any, Any] = {}
+
+
+@contextmanager
+def remembered_traces() -> Iterator[None]:
+    """Within it a trace that one ``Accountant`` has made is taken over by all that would make the same."""
+    whole = Accountant._traced
+
+    def traced(self: Accountant, *how: Any) -> Any:
+        (model,) = (cell.cell_contents.to_json_string() for cell in self.build.__closure__)  # of ``model_builder``
+        key = (model, self.engine.kind, self.engine.precision, self.checkpointing, repr(self.config), *how)
+        if key not in _TRACES:
+            _TRACES[key] = whole(self, *how)
+        return _TRACES[key]
+
+    with mock.patch.object(Accountant, "_traced", traced):
+        yield
