@@ -22,6 +22,7 @@ from rso_ds.engines.optimizer import RSO
 from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import convert, summary_table
+from rso_ds.layout import Layout
 from rso_ds.planning.memory.trace import block_names
 from rso_ds.solvers.groups import decay_groups
 
@@ -123,7 +124,7 @@ class TorchEngine:
     def _step(self) -> bool:
         """Whether the step was taken: one with infinite or NaN gradients is not."""
         if not isinstance(self.optimizer, RSO):
-            if not self._places.finite(self.module.parameters()):
+            if not self._layout.finite(self.module.parameters()):
                 self._skipped += 1
                 return False
             self.optimizer.step()
@@ -136,10 +137,10 @@ class TorchEngine:
         if isinstance(self.optimizer, RSO):
             return self.optimizer.checkpointer(**extras)
         if self.kind == "ddp":
-            self._places = ReplicatedLayout({}, self.optimizer, next(self.module.parameters()).device)
+            self._layout: Layout = ReplicatedLayout({}, self.optimizer, next(self.module.parameters()).device)
         else:
-            self._places = FSDPLayout(self._wrapped, {}, self.optimizer, RSOConfig())
-        return Checkpointer(TrainingState(self.module, self._places, None), extras, {"engine": self})
+            self._layout = FSDPLayout(self._wrapped, {}, self.optimizer, RSOConfig())
+        return Checkpointer(TrainingState(self.module, self._layout, None), extras, {"engine": self})
 
     @property
     def skipped_steps(self) -> int:
