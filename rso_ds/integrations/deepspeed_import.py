@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,13 +27,6 @@ def watch_deepspeed() -> None:
         _replace_initialize(module)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def own_initialize() -> Callable[..., Any]:
-    """DeepSpeed's own ``initialize``, replaced or not."""
-    import deepspeed
-
-    return getattr(deepspeed.initialize, "_rso_ds_own", deepspeed.initialize)
 
 
 def _replace_initialize(deepspeed: ModuleType) -> None:

@@ -19,7 +19,7 @@ from support.resealed_checkpoints import reseal
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.comm import leave_process_groups
-from rso_ds.integrations.deepspeed_import import own_initialize
+from rso_ds.engines.deepspeed.initialize import own_initialize
 
 OUT = Path(sys.argv[1])
 BF16 = {"bf16": {"enabled": True}}
