@@ -25,7 +25,7 @@ def test_modules_import_only_what_is_below_them():
 
 
 def test_no_module_needs_itself():
-    """Single modules too, packages' own ``__init__`` among them, which the contracts do not compare with their parts."""
+    """Single modules too, and packages' own ``__init__``, which the contracts do not compare with their parts."""
     graph = grimp.build_graph("rso_ds", cache_dir=None)
     TopologicalSorter({m: graph.find_modules_directly_imported_by(m) for m in graph.modules}).prepare()
 
