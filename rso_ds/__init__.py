@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rso_ds.config import RSOConfig
+from rso_ds.console import log_to_console
 from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import (
     RSOCheckpointError,
@@ -41,6 +42,7 @@ def _bare_rso(*args: Any, **kwargs: Any) -> Any:
 
 torch.optim.RSO = _bare_rso  # type: ignore[attr-defined]
 watch_deepspeed()
+log_to_console()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ from rso_ds.engines.deepspeed.attach import attach, count_traffic
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
 from rso_ds.solvers.groups import layer_groups, solver_groups
+
+logger = logging.getLogger(__name__)
 
 
 def initialize(
@@ -118,7 +121,7 @@ def initialize(
     engine.rso = attach(engine, converted, rso, where)
     count_traffic(engine)
     if engine.global_rank == 0:
-        print(f"{table}\n{engine.rso_form}", flush=True)
+        logger.info("%s\n%s", table, engine.rso_form)
     return result
 
 

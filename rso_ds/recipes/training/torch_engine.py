@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,6 +26,8 @@ from rso_ds.layers import convert, summary_table
 from rso_ds.layout import Layout
 from rso_ds.planning.memory.trace import block_names
 from rso_ds.solvers.groups import decay_groups
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -51,7 +54,7 @@ class TorchEngine:
             converted = convert(model, config)
             agree_on_setup(converted.layers, config)  # DDP would fail on unequal shapes in words of its own
             if context.rank == 0:
-                print(summary_table(model, config), flush=True)
+                logger.info(summary_table(model, config))
         self._apart = config is not None and config.communicate == "boundary"
         extra = self._wrap(context, replicas, self._apart)
         self.traffic = install()
@@ -59,7 +62,7 @@ class TorchEngine:
         if isinstance(self.optimizer, RSO):
             self.rso = self.optimizer.boundary
             if context.rank == 0:
-                print(self.optimizer.form, flush=True)
+                logger.info(self.optimizer.form)
         self.scheduler = _scheduler(self.optimizer, ds_json)
         self.checkpoints = self._checkpointer()
 
