@@ -23,6 +23,7 @@ from rso_ds.errors import (
 )
 from rso_ds.integrations.deepspeed_import import watch_deepspeed
 from rso_ds.layers import RSOEmbedding, RSOLinear, convert, summary_table, to_dense
+from rso_ds.moved import keep_old_paths
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,8 @@ def __getattr__(name: str) -> Any:
         return initialize
     raise AttributeError(f"module 'rso_ds' has no attribute {name!r}")
 
+
+keep_old_paths()  # last: it adds to what this module's own __getattr__ knows
 
 __all__ = [
     "RSO",
