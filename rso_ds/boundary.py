@@ -26,12 +26,12 @@ import torch
 from rso_ds.comm.counter import install as traffic
 from rso_ds.comm.replicas import check_replicas
 from rso_ds.config import RSOConfig
-from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers.base import SubspaceLayer
 from rso_ds.layout import Layout
 from rso_ds.solvers.carry_over import CARRY_OVER, rotation
 from rso_ds.solvers.cut_rows import carry_over_, collect_cut_rows
 from rso_ds.subspace import Subspace
+from rso_ds.weights.refusals import refuse_merges
 from rso_ds.weights.rounding import Rounding
 
 
@@ -41,6 +41,8 @@ class Boundary:
     ``layers`` maps names to RSO layers in model order; ``lr_groups[i]`` is the index into the list of
     learning rates (see ``step_applied``) that rules layer i, with ``weight_decays[i]`` its decoupled decay.
     ``dense``: name -> parameter trained densely; the boundary only compares those between ranks.
+
+    Raises ``RSOUnsupportedError`` for merges that would lose updates or send W at every step.
     """
 
     def __init__(
@@ -52,16 +54,7 @@ class Boundary:
         lr_groups: Sequence[int],
         dense: Mapping[str, Any] | None = None,
     ) -> None:
-        if config.merge_rounding == "stochastic" and any(x.weight.dtype == torch.float16 for x in layers.values()):
-            raise RSOUnsupportedError(
-                "'merge_rounding': 'stochastic' is for bf16 weights and these are fp16: use 'master_weights', or bf16."
-            )
-        if config.form == "folded" and layout.merge_sends_weights:
-            raise RSOUnsupportedError(
-                "'form': 'folded' merges at every step, and with 'master_weights' where every rank holds W whole a"
-                " merge sends W: use 'form': 'two_path', ZeRO-3 or FSDP2, or 'merge_rounding': 'stochastic' in place of"
-                " masters."
-            )
+        refuse_merges(config, [layer.weight.dtype for layer in layers.values()], layout.merge_sends_weights)
         self.config = config
         self.layers = layers
         self.layout = layout
@@ -146,8 +139,8 @@ class Boundary:
         self.check_replicas()
 
     def check_replicas(self) -> None:
-        """Raise ``RSOReplicaError`` on every rank if any holds another P, or another copy of something, than the others
-        (``rso_ds.comm.replicas``)."""
+        """Raise ``RSOReplicaError`` on every rank if they do not hold the same P, and the same copies of what several
+        hold."""
         check_replicas(self.layout, self.subspaces, self._dense, self.applied_steps)
 
     def average_replicas(self) -> None:
@@ -165,8 +158,7 @@ class Boundary:
             layer.subspace.current(self.layout.device, layer.weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain ints, floats and strings: all that P and the count of steps depend on. The keys are described in
-        ``rso_ds.checkpoint.boundary_state``."""
+        """Plain values, all that P and the count of steps depend on: see ``rso_ds.checkpoint.boundary_state``."""
         return {
             "applied_steps": self.applied_steps,
             "draw": self.draw,
