@@ -41,6 +41,7 @@ setup(
             "pytest-xdist>=3.5",
             "ninja>=1.11",
             "matplotlib>=3.8",
+            "import-linter>=2.17",
             "kubeflow-trainer-api>=2.3",
             "lightning>=2.5",
             "mkdocs>=1.6",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rso_ds.config import RSOConfig
+from rso_ds.console import log_to_console
 from rso_ds.engines.optimizer import RSO
 from rso_ds.errors import (
     RSOCheckpointError,
@@ -22,6 +23,7 @@ from rso_ds.errors import (
 )
 from rso_ds.integrations.deepspeed_import import watch_deepspeed
 from rso_ds.layers import RSOEmbedding, RSOLinear, convert, summary_table, to_dense
+from rso_ds.moved import keep_old_paths
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ def _bare_rso(*args: Any, **kwargs: Any) -> Any:
 
 torch.optim.RSO = _bare_rso  # type: ignore[attr-defined]
 watch_deepspeed()
+log_to_console()
 
 
 def __getattr__(name: str) -> Any:
@@ -50,6 +53,8 @@ def __getattr__(name: str) -> Any:
         return initialize
     raise AttributeError(f"module 'rso_ds' has no attribute {name!r}")
 
+
+keep_old_paths()  # last: it adds to what this module's own __getattr__ knows
 
 __all__ = [
     "RSO",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,6 +21,8 @@ from rso_ds.checkpoint.transaction import read_checkpoint, serialized, write_che
 from rso_ds.comm.counter import install
 from rso_ds.comm.outcome import agreed
 from rso_ds.errors import RSOCheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -114,7 +116,7 @@ class Checkpointer:
 
     def _report(self) -> None:
         if self._pending is not None and (error := self._pending.exception()) is not None:
-            print(f"the last checkpoint was not saved, and nobody waited for it: {error}", file=sys.stderr)
+            logger.error("the last checkpoint was not saved, and nobody waited for it: %s", error)
 
     def wait(self) -> None:
         """Wait until the save that goes on in the background, if any, is complete."""

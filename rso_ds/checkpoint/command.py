@@ -13,7 +13,7 @@ import torch
 
 from rso_ds.checkpoint.export import Progress, export_dense
 from rso_ds.checkpoint.lora import export_lora
-from rso_ds.checkpoint.weights_file import parse_size
+from rso_ds.units import in_unit, parse_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """What the command prints. Raises ``RSOCheckpointError`` or ``RSOConfigError``."""
-    size = parse_size(args.max_shard_size)
+    size = parse_size(args.max_shard_size, "--max-shard-size")
     export = export_lora if args.lora else export_dense
     with _bar() as progress:
         done = export(
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> str:
             progress=progress,
         )
     return (
-        f"{args.out}: {done.tensors} tensors, {done.bytes / 1e9:,.3f} GB, {str(done.dtype).removeprefix('torch.')},"
-        f" in {len(done.files)} file{'s' if len(done.files) > 1 else ''}"
+        f"{args.out}: {done.tensors} tensors, {in_unit(done.bytes, 'GB', ',.3f')},"
+        f" {str(done.dtype).removeprefix('torch.')}, in {len(done.files)} file{'s' if len(done.files) > 1 else ''}"
         + (f"\nadapter: {args.out}   base model: {Path(args.out) / 'base'}" if args.lora else "")
     )
 

@@ -18,8 +18,9 @@ from rso_ds.checkpoint.model_files import copy_model_files, model_files
 from rso_ds.checkpoint.reading import DenseModel, open_model
 from rso_ds.checkpoint.weights_file import Entry, write_weights
 from rso_ds.errors import RSOCheckpointError, RSOConfigError
+from rso_ds.units import GB
 
-SHARD_SIZE = 5 * 10**9
+SHARD_SIZE = 5 * GB
 Progress = Callable[[int, int], None]  # (number of the tensor that comes next, of how many)
 
 

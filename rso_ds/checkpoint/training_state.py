@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rso_ds.boundary import Boundary, SolverShard
+from rso_ds.boundary import Boundary
+from rso_ds.checkpoint.boundary_state import check_boundary_state
 from rso_ds.checkpoint.dense import dense_description
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors
@@ -30,54 +31,7 @@ from rso_ds.comm.outcome import rank_of, ranks_of
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import rso_layers
 from rso_ds.layers.partitioned import flat_memory, full_shape
-
-
-class Places(Protocol):
-    """What an engine says about where each parameter lies on this rank (``rso_ds.engines``)."""
-
-    solver: torch.optim.Optimizer
-    replica: int
-    replicas: int
-
-    def begin(self) -> None:
-        """Drop gathered copies of parameters."""
-
-    def end(self) -> None:
-        """Restore what ``begin`` dropped."""
-
-    def reloaded(self) -> None:
-        """A load has changed the memory that the methods below showed."""
-
-    def model_part(self, param: Any) -> tuple[int, Tensor]:
-        """(index of the first element, flat memory) of what this rank holds of ``param`` itself."""
-
-    def solver_key(self, param: Any) -> Any:
-        """The tensor under which the solver keeps the state of ``param``; None if it does not train it."""
-
-    def solver_part(self, param: Any) -> SolverShard:
-        """Moments and fp32 master of ``param`` on this rank."""
-
-    def prepare_solver(self, param: Any) -> None:
-        """Allocate the solver's state of ``param`` if no step has yet."""
-
-    def solver_step(self, param: Any) -> int | None:
-        """The solver's step count of ``param``; None if it keeps none."""
-
-    def set_solver_step(self, param: Any, step: int) -> None:
-        """Set that count, where there is one."""
-
-    def keeps(self) -> list[str]:
-        """What the configuration keeps beside W: "masters" (fp32 copies of W), "outer_momentum"."""
-
-    def holds(self) -> list[str]:
-        """What of ``keeps`` there is by now."""
-
-    def kept_rows(self, what: str, weight: Any) -> tuple[int, Tensor]:
-        """(first element, flat fp32 memory) of what ``keeps`` names, made from W if need be."""
-
-    def forget_masters(self) -> None:
-        """Drop the fp32 copies of W: those that a checkpoint does not bring start from its W."""
-
+from rso_ds.layout import Layout
 
 # What schedules change in a solver's groups.
 SCHEDULED = ("lr", "betas", "momentum")
@@ -89,8 +43,8 @@ class TrainingState:
     ``module`` is the bare model; ``boundary`` None for a solver without RSO.
     """
 
-    def __init__(self, module: nn.Module, places: Places, boundary: Boundary | None) -> None:
-        self.module, self.places, self.boundary = module, places, boundary
+    def __init__(self, module: nn.Module, layout: Layout, boundary: Boundary | None) -> None:
+        self.module, self.layout, self.boundary = module, layout, boundary
         self._plain: dict[str, Tensor] = {}  # filled by a load: random state, step counts of replicas
         self._weights = {id(layer.weight): name for name, layer in rso_layers(module)}
 
@@ -99,18 +53,18 @@ class TrainingState:
         """While it is entered, every rank holds its own part of the model and nothing gathered: ZeRO-3 keeps small
         parameters whole between steps, FSDP2 the root after an evaluation, in the dtype that it computes in. All
         ranks enter and leave together."""
-        self.places.begin()
+        self.layout.begin()
         try:
             yield
         finally:
-            self.places.end()
+            self.layout.end()
 
     # -- plain values --------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """Ints, floats, strings and lists of them, equal on all ranks. Call it ``at_rest``."""
-        solver = self.places.solver
-        steps = {name: self.places.solver_step(p) for name, p in self._trainable()}
+        solver = self.layout.solver
+        steps = {name: self.layout.solver_step(p) for name, p in self._trainable()}
         return {
             "rso": None if self.boundary is None else self.boundary.state_dict(),
             "solver": type(solver).__name__ if self.boundary is None else self.boundary.config.solver,
@@ -118,8 +72,8 @@ class TrainingState:
             "dense": dense_description(self.module),
             "steps": {name: step for name, step in steps.items() if step is not None},
             "groups": [{k: _plain(group[k]) for k in SCHEDULED if k in group} for group in solver.param_groups],
-            "replicas": self.places.replicas,
-            "keeps": self.places.holds(),
+            "replicas": self.layout.replicas,
+            "keeps": self.layout.holds(),
             "world_size": ranks_of(),
         }
 
@@ -137,7 +91,7 @@ class TrainingState:
             how = "without" if state["rso"] is None else "with"
             raise RSOCheckpointError(f"{source} was saved {how} RSO: resume with the same optimizer.")
         if self.boundary is not None:
-            self.boundary.check_state(state["rso"], source, either_form=True)
+            check_boundary_state(state["rso"], mine["rso"], source, either_form=True)
         theirs, ours = state["parameters"], mine["parameters"]
         if theirs != ours:
             name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
@@ -153,7 +107,7 @@ class TrainingState:
             here, there = (x if isinstance(x, int) else len(x) for x in (mine[key], state[key]))
             if here != there:
                 raise RSOCheckpointError(f"{source} has {there} {what}, this run {here}: use the same.")
-        keeps = self.places.keeps()
+        keeps = self.layout.keeps()
         lost = sorted(set(state["keeps"]) - set(keeps))
         if lost or ("outer_momentum" in keeps and "outer_momentum" not in state["keeps"]):
             raise RSOCheckpointError(
@@ -166,18 +120,18 @@ class TrainingState:
     def pieces(self) -> dict[str, Piece]:
         """Everything that this rank has to save, as live memory. Call it ``at_rest``, between optimizer steps."""
         found: dict[str, Piece] = {}
-        holds = self.places.holds()
+        holds = self.layout.holds()
         for name, param in self.module.named_parameters():
             shape = full_shape(param)
-            start, flat = self.places.model_part(param)
+            start, flat = self.layout.model_part(param)
             if not self._trains(param):
-                kept = {what: self.places.kept_rows(what, param) for what in holds if id(param) in self._weights}
+                kept = {what: self.layout.kept_rows(what, param) for what in holds if id(param) in self._weights}
                 found[f"model.{name}"] = Piece(shape, *kept.get("masters", (start, flat)))
                 if "outer_momentum" in kept:
                     found[f"outer.{name}"] = Piece(shape, *kept["outer_momentum"])
                 continue
             prefix = self._prefix()
-            part = self.places.solver_part(param)
+            part = self.layout.solver_part(param)
             found[f"{prefix}model.{name}"] = (
                 Piece(shape, part.start, part.masters[0]) if part.masters else Piece(shape, start, flat)
             )
@@ -193,24 +147,24 @@ class TrainingState:
     def targets(self, stored: StoredTensors) -> dict[str, list[Piece]]:
         """The memory of this rank that ``stored`` is to fill. Call it ``at_rest``; it allocates solver state, and drops
         fp32 masters of W."""
-        self.places.forget_masters()
+        self.layout.forget_masters()
         found: dict[str, list[Piece]] = {}
-        keeps = self.places.keeps()
+        keeps = self.layout.keeps()
         for name, param in self.module.named_parameters():
             shape = full_shape(param)
-            copy = Piece(shape, *self.places.model_part(param))
+            copy = Piece(shape, *self.layout.model_part(param))
             if not self._trains(param):
                 found[f"model.{name}"] = [copy]
                 wider = f"model.{name}" in stored and stored.dtype(f"model.{name}").itemsize > param.element_size()
                 if id(param) in self._weights and "masters" in keeps and wider:
-                    found[f"model.{name}"].append(Piece(shape, *self.places.kept_rows("masters", param)))
+                    found[f"model.{name}"].append(Piece(shape, *self.layout.kept_rows("masters", param)))
                 if id(param) in self._weights and "outer_momentum" in keeps:
-                    found[f"outer.{name}"] = [Piece(shape, *self.places.kept_rows("outer_momentum", param))]
+                    found[f"outer.{name}"] = [Piece(shape, *self.layout.kept_rows("outer_momentum", param))]
                 continue
             prefix = self._prefix()
             if f"{prefix}moment1.{name}" in stored:
-                self.places.prepare_solver(param)
-            part = self.places.solver_part(param)
+                self.layout.prepare_solver(param)
+            part = self.layout.solver_part(param)
             found[f"{prefix}model.{name}"] = [copy, *(Piece(shape, part.start, m) for m in part.masters)]
             for key, moment in (("moment1", part.first), ("moment2", part.second)):
                 if moment is not None:
@@ -235,14 +189,14 @@ class TrainingState:
         """Set the plain values, after ``targets`` have been filled, still ``at_rest``."""
         trainable = self._trainable()
         steps = [state["steps"].get(name, 0) for name, _ in trainable]
-        if self.places.replicas > 1:
+        if self.layout.replicas > 1:
             steps = self._plain[f"{self._prefix()}steps"].tolist()
         for (_, param), step in zip(trainable, steps, strict=True):
-            self.places.set_solver_step(param, step)
-        for group, saved in zip(self.places.solver.param_groups, state["groups"], strict=True):
+            self.layout.set_solver_step(param, step)
+        for group, saved in zip(self.layout.solver.param_groups, state["groups"], strict=True):
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in group})
         _set_random_state(self._plain)
-        self.places.reloaded()
+        self.layout.reloaded()
         if self.boundary is not None:
             self.boundary.load_state_dict(state["rso"])
             self.boundary.check_replicas()
@@ -256,12 +210,12 @@ class TrainingState:
         return [(n, p) for n, p in self.module.named_parameters() if self._trains(p)]
 
     def _trains(self, param: nn.Parameter) -> bool:
-        return param.requires_grad and self.places.solver_key(param) is not None
+        return param.requires_grad and self.layout.solver_key(param) is not None
 
     def _apart_steps(self) -> dict[str, Tensor]:
-        if self.places.replicas == 1:
+        if self.layout.replicas == 1:
             return {}
-        steps = [self.places.solver_step(param) or 0 for _, param in self._trainable()]
+        steps = [self.layout.solver_step(param) or 0 for _, param in self._trainable()]
         return {f"{self._prefix()}steps": torch.tensor(steps, dtype=torch.int64)}
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
@@ -273,7 +227,7 @@ class TrainingState:
         return persistent
 
     def _prefix(self) -> str:
-        return f"replica{self.places.replica}/" if self.places.replicas > 1 else ""
+        return f"replica{self.layout.replica}/" if self.layout.replicas > 1 else ""
 
 
 def _dtype(tensor: Tensor) -> str:

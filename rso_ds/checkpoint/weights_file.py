@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 
 from rso_ds.checkpoint.folder import write_text
-from rso_ds.errors import RSOCheckpointError, RSOConfigError
+from rso_ds.errors import RSOCheckpointError
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,6 @@ class Entry:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "200MB" or a plain number, by powers of ten as Hugging Face counts them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise RSOConfigError(f"--max-shard-size {text!r} must be a size such as 5GB or 200MB.")
-    return size
 
 
 def write_weights(

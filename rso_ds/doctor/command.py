@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rso_ds.comm.launch import Launch, export_launch_environment
 from rso_ds.comm.outcome import gathered
 from rso_ds.doctor import report
-from rso_ds.doctor.disks import check_folders, check_output, check_shared_memory, size
+from rso_ds.doctor.disks import check_folders, check_output, check_shared_memory
 from rso_ds.doctor.extensions import check_extensions, extensions_folder
 from rso_ds.doctor.gpus import check_gpus
 from rso_ds.doctor.launcher import check_launcher
@@ -32,8 +32,8 @@ from rso_ds.doctor.software import check_software
 from rso_ds.doctor.speed import findings_of, measure
 from rso_ds.doctor.together import Facts, check_agreement, check_clocks, check_placement, facts, members
 from rso_ds.errors import RSOConfigError, RSOError
-from rso_ds.planning.communication.network import bytes_per_second
 from rso_ds.planning.memory.command import read_rso_json
+from rso_ds.units import parse_rate, parse_size
 
 _LOCAL_SECONDS = 20.0  # for one check of this process alone
 _ALONE = Launch("none", 0, 0, 1, 1, "127.0.0.1", 0)
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     With several ranks it ends the process: threads that wait for what never comes would keep it. Raises
     ``RSOConfigError`` for arguments that cannot be read.
     """
-    checkpoint = size(args.checkpoint_size) if args.checkpoint_size else None
-    link = bytes_per_second(args.link) if args.link else None
+    checkpoint = parse_size(args.checkpoint_size, "--checkpoint-size", least=0) if args.checkpoint_size else None
+    link = parse_rate(args.link, "--link") if args.link else None
     if args.timeout <= 0 or args.build_timeout <= 0 or args.all_reduce_mb < 0:
         raise RSOConfigError("--timeout and --build-timeout must be above 0, --all-reduce-mb not below.")
     launch, mine = _local(args, checkpoint)

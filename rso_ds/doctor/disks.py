@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from rso_ds.doctor.report import FAILED, NOT_CHECKED, OK, WARNING, Finding
-from rso_ds.errors import RSOConfigError
+from rso_ds.units import GB, GIB, amount
 
 _NETWORK = (
     "nfs",
@@ -29,15 +28,6 @@ _NETWORK = (
 _NETWORK_FUSE = ("sshfs", "glusterfs", "juicefs", "ceph", "s3fs", "gcsfuse", "mergerfs.nfs", "beegfs")
 # What a run keeps: two complete checkpoints (--keep-last), and the one that is being written.
 _CHECKPOINTS = 3
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def size(text: str) -> int:
-    """``80GB``, ``1.5TB`` as bytes. Raises ``RSOConfigError``."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise RSOConfigError(f"{text!r} is not a size: write it as 80GB.")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def check_output(output: str | None, checkpoint: int | None) -> list[Finding]:
@@ -45,16 +35,16 @@ def check_output(output: str | None, checkpoint: int | None) -> list[Finding]:
     if output is None:
         return [Finding("output", NOT_CHECKED, "no --output given")]
     if checkpoint is None:
-        return size_free("output", Path(output), 0, 10 * 10**9)
+        return size_free("output", Path(output), 0, 10 * GB)
     return size_free("output", Path(output), checkpoint, _CHECKPOINTS * checkpoint)
 
 
 def check_folders() -> list[Finding]:
     """Temporary files, downloaded models and shared memory."""
-    findings = size_free("temporary files", Path(tempfile.gettempdir()), 0, 2**30)
+    findings = size_free("temporary files", Path(tempfile.gettempdir()), 0, GIB)
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     cache = os.environ.get("HF_HOME", f"{home}/huggingface")
-    findings += size_free("model cache", Path(cache).expanduser(), 0, 2**30)
+    findings += size_free("model cache", Path(cache).expanduser(), 0, GIB)
     return findings
 
 
@@ -65,11 +55,11 @@ def check_shared_memory(ranks_here: int, folder: str = "/dev/shm") -> list[Findi
     stat = os.statvfs(folder)
     total, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
     text = f"{folder}: {amount(free)} free of {amount(total)}"
-    if total >= 10**9 and free >= 10**9:
+    if total >= GB and free >= GB:
         return [Finding("shared memory", OK, text)]
     small = total <= 64 * 2**20
     remedy = "docker run --shm-size=16g, or --ipc=host; Kubernetes: an emptyDir of medium Memory at /dev/shm"
-    if not small and total >= 10**9:
+    if not small and total >= GB:
         remedy = f"look for files that dead processes left: ls -l {folder}"
     return [Finding("shared memory", FAILED if small and ranks_here > 1 else WARNING, text, remedy)]
 
@@ -124,11 +114,3 @@ def on_network(kind: str) -> bool:
     if kind.startswith("fuse."):
         return kind.removeprefix("fuse.").startswith(_NETWORK_FUSE)
     return kind.startswith(_NETWORK)
-
-
-def amount(n: float) -> str:
-    """Bytes for reading, in powers of ten."""
-    for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n >= power:
-            return f"{n / power:.3g} {unit}"
-    return f"{n:.0f} bytes"

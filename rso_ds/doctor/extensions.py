@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rso_ds.doctor.disks import mount_of, on_network, size_free
 from rso_ds.doctor.report import FAILED, OK, WARNING, Finding
+from rso_ds.units import GIB
 
 # A builder on another node, or another user's, is out of sight: so many seconds are its due.
 _PATIENCE = 1800
@@ -42,7 +43,7 @@ def check_extensions(folder: Path) -> list[Finding]:
     findings = [_lock(lock) for lock in sorted(folder.glob("*/lock"))]
     if not findings:
         findings = [Finding("build locks", OK, f"none in {folder}")]
-    findings += size_free("extensions folder", folder, needed=0, enough=2**30)
+    findings += size_free("extensions folder", folder, needed=0, enough=GIB)
     mount, kind = mount_of(folder)
     if on_network(kind):
         findings.append(

@@ -11,6 +11,7 @@ import torch
 
 from rso_ds.comm.launch import Launch
 from rso_ds.doctor.report import FAILED, OK, WARNING, Finding
+from rso_ds.units import GIB, in_unit
 
 
 def check_gpus(launch: Launch, config: Mapping[str, Any] | None) -> list[Finding]:
@@ -28,7 +29,7 @@ def check_gpus(launch: Launch, config: Mapping[str, Any] | None) -> list[Finding
         return findings
     free, total = torch.cuda.mem_get_info(launch.local_rank)
     if free < 0.9 * total:
-        text = f"GPU {launch.local_rank}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        text = f"GPU {launch.local_rank}: {free / GIB:.1f} of {in_unit(total, 'GiB', '.1f')} free"
         findings.append(Finding("GPU memory", WARNING, text, "see who uses it: nvidia-smi"))
     wants = (config or {}).get("bf16") or {}
     if wants.get("enabled") is True and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -47,7 +48,7 @@ def gpu_uuid(local_rank: int) -> str | None:
 def _name(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     bf16 = "bf16" if properties.major >= 8 else "no bf16"
-    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, {bf16})"
+    return f"{properties.name} ({in_unit(properties.total_memory, 'GiB', '.0f')}, {bf16})"
 
 
 def _none() -> list[Finding]:

@@ -6,8 +6,8 @@ import os
 import resource
 from pathlib import Path
 
-from rso_ds.doctor.disks import amount
 from rso_ds.doctor.report import OK, WARNING, Finding
+from rso_ds.units import amount
 
 _V1 = "memory.limit_in_bytes"
 _V2 = "memory.max"

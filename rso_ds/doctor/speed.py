@@ -16,6 +16,7 @@ from rso_ds.comm.outcome import gathered
 from rso_ds.comm.ring import wire_bytes
 from rso_ds.doctor.report import FAILED, OK, WARNING, Finding
 from rso_ds.doctor.together import Facts, members
+from rso_ds.units import MB, in_unit
 
 _PROBE = 2**18  # elements of the trial that says how long the real ones will take
 _SECONDS, _FEWEST, _MOST = 3.0, 3, 20  # of measuring each size, and its repeats
@@ -90,7 +91,7 @@ def _measure(
     megabytes: float,
     seconds: float,
 ) -> Speed:
-    elements = max(1, round(megabytes * 1e6 / 4))
+    elements = max(1, round(megabytes * MB / 4))
     right = _sum_is_right(group, ranks, device, min(elements, _PROBE))
     zeros = torch.zeros(min(elements, _PROBE), device=device)
     per_element = min(_timed(zeros, group, 2)) / zeros.numel()
@@ -108,7 +109,7 @@ def _measure(
         scope,
         len(ranks),
         backend,
-        round(elements * 4 / 1e6, 3),
+        round(elements * 4 / MB, 3),
         tuple(sent / t for t in times),
         statistics.median(small),
         bool(verdict.item()),
@@ -146,4 +147,4 @@ def _timed(x: torch.Tensor, group: Any, repeats: int) -> list[float]:
 
 
 def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.3g} GB/s"
+    return f"{in_unit(bytes_per_second, 'GB', '.3g')}/s"

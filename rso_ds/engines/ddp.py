@@ -14,11 +14,12 @@ from rso_ds.engines.local_steps import keep_gradients_local
 from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
+from rso_ds.layout import Layout
 
 
 def replicated_layout(
     model: nn.Module, layers: Mapping[str, SubspaceLayer], solver: torch.optim.Optimizer, config: RSOConfig
-) -> ReplicatedLayout:
+) -> Layout:
     """The layout of a bare or DDP-wrapped ``model``.
 
     Raises ``RSOUnsupportedError`` for a bare model among several ranks, whose gradients nobody would average.

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 
-from rso_ds.boundary import Rounding, SolverShard
 from rso_ds.config import RSOConfig
 from rso_ds.engines.local_steps import average_
-from rso_ds.engines.replicated import ReplicatedLayout, moments
+from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
+from rso_ds.layout import SolverShard
 from rso_ds.solvers.finite import gradients_finite
+from rso_ds.solvers.state import moments
+from rso_ds.weights.rounding import Rounding
 
 
 def refuse_fsdp1(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ merged updates is the merge of the mean of their B. Solver state stays each rank
 
 # No "from __future__ import annotations" here: DDP compares a hook's annotations with the classes themselves.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rso_ds.comm.ddp_hooks import refuse_second_hook
-from rso_ds.subspace import add_lifted_
 
 
 @torch.no_grad()
@@ -30,26 +29,6 @@ def average_(tensors: Sequence[Tensor], group: Any) -> None:
     dist.all_reduce(flat, group=group)
     for tensor, mean in zip(tensors, flat.div_(ranks).split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-class OuterMomentum:
-    """M <- momentum * M + B P^T and W <- decay * W + M, with M in fp32 for each layer.
-
-    ``weight_rows``: layer name -> the rows [rows, in] of W that this rank merges.
-    """
-
-    def __init__(self, momentum: float, weight_rows: Mapping[str, Tensor]) -> None:
-        self.momentum = momentum
-        self.rows = {
-            name: torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-            for name, rows in weight_rows.items()
-        }
-
-    def merge(self, name: str, weight_rows: Tensor, B_rows: Tensor, P: Tensor, decay: float) -> Tensor:
-        """The new W in fp32 (fp64 if W is); shapes as in ``merged_weight``."""
-        dtype = torch.promote_types(weight_rows.dtype, torch.float32)
-        update = add_lifted_(self.rows[name], B_rows.to(dtype), P, beta=self.momentum)
-        return decay * weight_rows.to(dtype) + update
 
 
 def keep_gradients_local(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ class Observer:
         self._gradient: list[Tensor] = []
         self._merge_ratio: float | None = None
         boundary.before_merge = self._measure_merge
-        boundary.layout.solver.register_step_pre_hook(self._measure_gradient)  # type: ignore[attr-defined]
+        boundary.layout.solver.register_step_pre_hook(self._measure_gradient)
 
     def watch_step(self) -> None:
         """Look at the gradient of B in the step that comes now."""
@@ -66,7 +66,7 @@ class Observer:
                     self._gradient += [_sums(p.grad) for p in group["params"] if p.grad is not None]
 
     def _measure_merge(self) -> None:
-        layout: Any = self._boundary.layout
+        layout = self._boundary.layout
         merged, weights = [], []
         for layer in self._layers:
             scale = layer.in_features / layer.subspace.rank

@@ -14,24 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint import Checkpointer, TrainingState
+from rso_ds.checkpoint.boundary_state import check_boundary_state
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
 from rso_ds.config import RSOConfig
 from rso_ds.engines.ddp import replicated_layout
 from rso_ds.engines.fsdp2 import FSDPLayout, is_sharded, refuse_fsdp1
-from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.layers.form import settle_form
+from rso_ds.layout import Layout
+from rso_ds.solvers.build import build_solver
 from rso_ds.solvers.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
-
-
-def build_solver(groups: list[dict[str, Any]], config: RSOConfig) -> torch.optim.Optimizer:
-    """The torch optimizer that ``config.solver`` names, over ready-made groups."""
-    if config.solver == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    kind = torch.optim.AdamW if config.solver == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 class RSO(torch.optim.Optimizer):
@@ -86,7 +80,7 @@ class RSO(torch.optim.Optimizer):
         bare, config = self._bare, self._config
         layers = dict(rso_layers(bare))
         decays, where = layer_groups(layers, self.param_groups)
-        self._layout: ReplicatedLayout
+        self._layout: Layout
         if is_sharded(model):
             self._layout = FSDPLayout(model, layers, self.solver, config, replicas)
         elif replicas is not None:
@@ -154,7 +148,7 @@ class RSO(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "rso" not in state_dict:
             raise RSOCheckpointError("the optimizer state has no 'rso' entry: it was not saved by RSO.")
-        self.boundary.check_state(state_dict["rso"], "the optimizer state")
+        check_boundary_state(state_dict["rso"], self.boundary.state_dict(), "the optimizer state")
         mine, theirs = set(self._kept_rows()), set(state_dict.get("rso_rows", {}))
         if mine != theirs:
             raise RSOCheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,44 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rso_ds.boundary import Rounding, SolverShard
-from rso_ds.engines.local_steps import OuterMomentum, average_
-from rso_ds.layers import SubspaceLayer, changed_columns, merge_, write_columns_
+from rso_ds.engines.local_steps import average_
+from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.partitioned import flat_memory
+from rso_ds.layout import SolverShard
 from rso_ds.solvers.finite import gradients_finite
+from rso_ds.solvers.state import blank_state, moments, restart_step
 from rso_ds.weights.masters import WeightMasters
-
-# Names under which solvers keep the moments of a parameter.
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq",)
-
-
-def moments(state: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """(first, second) moment tensors in a solver's state of one parameter."""
-    first = next((state[k] for k in FIRST_MOMENTS if state.get(k) is not None), None)
-    second = next((state[k] for k in SECOND_MOMENTS if state.get(k) is not None), None)
-    return first, second
-
-
-def restart_step(state: MutableMapping[str, Any]) -> None:
-    """Zero Adam's step count in place: a tensor in torch, an int in DeepSpeed's own solvers."""
-    step = state.get("step")
-    if isinstance(step, Tensor):
-        step.zero_()
-    elif step is not None:
-        state["step"] = 0
-
-
-def blank_state(solver: torch.optim.Optimizer, key: Any) -> dict[str, Any]:
-    """What ``solver`` keeps of parameter ``key`` before its first step, as it would allocate it in that step."""
-    group = next((g for g in solver.param_groups if any(p is key for p in g["params"])), solver.param_groups[0])
-    if "momentum" in group:
-        return {"momentum_buffer": torch.zeros_like(key)} if group["momentum"] else {}
-    step: Any = 0
-    if isinstance(solver, (torch.optim.Adam, torch.optim.AdamW)):
-        on_device = group.get("fused") or group.get("capturable")
-        step = torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
-    return {"step": step, "exp_avg": torch.zeros_like(key), "exp_avg_sq": torch.zeros_like(key)}
+from rso_ds.weights.merge import changed_columns, merge_, write_columns_
+from rso_ds.weights.outer_momentum import OuterMomentum
+from rso_ds.weights.rounding import Rounding
 
 
 class ReplicatedLayout:

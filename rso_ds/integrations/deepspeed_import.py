@@ -5,16 +5,11 @@ This module imports DeepSpeed no earlier than the program does.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
 from functools import wraps
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_NAME = "deepspeed"
+from rso_ds.import_hooks import after_import
 
 
 def watch_deepspeed() -> None:
@@ -22,18 +17,7 @@ def watch_deepspeed() -> None:
 
     JSONs that select another optimizer go to DeepSpeed's own function untouched.
     """
-    module = sys.modules.get(_NAME)
-    if module is not None:
-        _replace_initialize(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-def own_initialize() -> Callable[..., Any]:
-    """DeepSpeed's own ``initialize``, replaced or not."""
-    import deepspeed
-
-    return getattr(deepspeed.initialize, "_rso_ds_own", deepspeed.initialize)
+    after_import("deepspeed", _replace_initialize)
 
 
 def _replace_initialize(deepspeed: ModuleType) -> None:
@@ -49,33 +33,3 @@ def _replace_initialize(deepspeed: ModuleType) -> None:
 
     initialize._rso_ds_own = own  # type: ignore[attr-defined]
     deepspeed.initialize = initialize  # type: ignore[attr-defined]
-
-
-class _Finder(MetaPathFinder):
-    """Finds DeepSpeed as the other finders do, and replaces ``initialize`` once its module has been executed.
-
-    It stays installed: accelerate and transformers look for DeepSpeed with ``find_spec`` long before importing it.
-    """
-
-    _searching = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _NAME or self._searching:
-            return None
-        self._searching = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching = False
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _replace_initialize(module)
-
-            loader.exec_module = exec_module
-        return spec

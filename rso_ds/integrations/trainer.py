@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ ARGUMENTS = {
     "eps": "adam_epsilon",
     "weight_decay": "weight_decay",
 }
+
+logger = logging.getLogger(__name__)
 
 
 class LateRSO(RSO):
@@ -114,7 +117,7 @@ def with_rso(trainer_class: type[Trainer]) -> type[Trainer]:
             if not optimizer.attached:
                 optimizer.wrapped(self.model_wrapped)
                 if self.is_world_process_zero():
-                    print(f"{summary_table(optimizer._bare, optimizer._config)}\n{optimizer.form}", flush=True)
+                    logger.info("%s\n%s", summary_table(optimizer._bare, optimizer._config), optimizer.form)
 
         def _rso_checkpoints(self) -> Checkpointer:
             self.attach_rso()

@@ -6,7 +6,8 @@ from rso_ds.layers.embedding import RSOEmbedding, subspace_embedding
 from rso_ds.layers.functional import subspace_linear
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.summary import parameter_counts, summary_table
-from rso_ds.weights.merge import changed_columns, merge_, merged_weight, round_stochastically, write_columns_
+from rso_ds.weights.merge import changed_columns, merge_, merged_weight, write_columns_
+from rso_ds.weights.rounding import round_stochastically
 
 __all__ = [
     "Conversion",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rso_ds.layers import merged_weight
+from rso_ds.weights.merge import merged_weight
 
 
 class WeightMasters:

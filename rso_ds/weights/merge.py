@@ -45,17 +45,3 @@ def changed_columns(P: Tensor, decay: float) -> Tensor | None:
 def write_columns_(weight: Tensor, columns: Tensor, values: Tensor) -> None:
     """``weight[:, columns] <- values`` [rows, r], from whichever device."""
     weight.index_copy_(1, columns.to(weight.device), values.to(weight.device))
-
-
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 -> bf16 so that the expectation is the value: up with probability equal to the remainder.
-
-    bf16 is the upper half of fp32: adding a uniform 16-bit integer to the lower half and cutting it off
-    carries into the upper half with just that probability.
-    """
-    bits = values.contiguous().view(torch.int32)
-    # One 64-bit number gives four of 16 bits: drawing is what takes the time on a CPU.
-    drawn = torch.empty(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)
-    drawn.random_(-(1 << 63), None, generator=generator)
-    noise = drawn.view(torch.int16)[: bits.numel()].view_as(bits).to(torch.int32).bitwise_and_((1 << 16) - 1)
-    return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)

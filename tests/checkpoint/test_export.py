@@ -20,7 +20,6 @@ import rso_ds
 from rso_ds.checkpoint import dense_state_dict
 from rso_ds.checkpoint.export import export_dense
 from rso_ds.checkpoint.lora import export_lora
-from rso_ds.checkpoint.weights_file import parse_size
 from rso_ds.cli import main
 
 
@@ -249,13 +248,6 @@ def test_values_beyond_fp16(tmp_path):
     saved(tmp_path / "run", model, steps=0)
     message = error_of(tmp_path / "run", tmp_path / "out", dtype=torch.float16)
     assert "'model.norm.weight' reaches 1e+06" in message
-
-
-def test_sizes():
-    assert [parse_size(s) for s in ("5GB", "1.5 kb", "300", "2M")] == [5 * 10**9, 1500, 300, 2 * 10**6]
-    for text in ("", "five", "-1GB", "0", "5 GiB"):
-        with pytest.raises(rso_ds.RSOConfigError, match="--max-shard-size"):
-            parse_size(text)
 
 
 def test_command_line_errors(tmp_path):

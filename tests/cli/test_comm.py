@@ -13,7 +13,7 @@ from rso_ds.cli import main
 from rso_ds.comm.ring import rounds, wire_bytes
 from rso_ds.layers import convert, parameter_counts
 from rso_ds.planning.communication.exchange import Deployment, Transfer
-from rso_ds.planning.communication.network import Network, bytes_per_second
+from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.states import Engine
 
 needs("transformers")
@@ -79,13 +79,6 @@ def test_latency_counts_rounds():
 @pytest.mark.parametrize(("op", "bytes_sent"), [("all_reduce", 150), ("reduce_scatter", 75), ("all_gather", 300)])
 def test_ring_bytes(op, bytes_sent):
     assert wire_bytes(op, 100, 4) == bytes_sent
-
-
-@pytest.mark.parametrize(
-    ("text", "rate"), [("10Gbit", 1.25e9), ("25 Gbit/s", 3.125e9), ("300GB/s", 3e11), ("1Mb", 1.25e5)]
-)
-def test_rates(text, rate):
-    assert bytes_per_second(text) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from rso_ds.comm.launch import Launch
 from rso_ds.doctor import disks, extensions, gpus, ops, resources, software
 from rso_ds.doctor.limits import checked, limited
 from rso_ds.doctor.report import FAILED, NOT_CHECKED, OK, WARNING, Finding, as_json, failed, merged, table
-from rso_ds.errors import RSOConfigError
 
 ALONE = Launch("none", 0, 0, 1, 1, "127.0.0.1", 29500)
 ONE_NODE = Launch("torchrun", 0, 0, 2, 2, "127.0.0.1", 29500)
@@ -207,7 +206,7 @@ def test_shared_memory_of_a_container(tmp_path, monkeypatch, size, ranks, expect
     assert disks.check_shared_memory(ranks, str(tmp_path))[0].status == expected
 
 
-def test_mounts_and_sizes(tmp_path):
+def test_mounts(tmp_path):
     mounts = tmp_path / "mounts"
     mounts.write_text("/dev/sda / ext4 rw 0 0\nfs:/home /home nfs4 rw 0 0\nx /home/a\\040b fuse.sshfs rw 0 0\n")
     assert disks.mount_of(Path("/home/me"), str(mounts)) == ("/home", "nfs4")
@@ -216,9 +215,6 @@ def test_mounts_and_sizes(tmp_path):
     assert [disks.on_network(kind) for kind in ("nfs4", "lustre", "fuse.sshfs", "ext4", "fuse.overlayfs", "tmpfs")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
-    assert disks.size("1.5TB") == 1_500_000_000_000
-    with pytest.raises(RSOConfigError, match="80GB"):
-        disks.size("many")
 
 
 def test_memory_limit_of_control_groups(tmp_path):
@@ -312,6 +308,8 @@ def test_command_in_one_process(capsys, tmp_path, monkeypatch):
     assert (code, "launcher" in text) == (1, True)
     with pytest.raises(SystemExit, match="not a rate"):
         main(["doctor", "--link", "fast"])
+    with pytest.raises(SystemExit, match="--checkpoint-size 'many' is not a size"):
+        main(["doctor", "--checkpoint-size", "many"])
 
 
 def test_nothing_that_builds_is_imported():

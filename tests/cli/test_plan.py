@@ -22,7 +22,6 @@ from rso_ds.planning.communication.exchange import Deployment, Exchange, transfe
 from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.account import Accountant, model_builder
 from rso_ds.planning.memory.states import Engine
-from rso_ds.planning.plan.command import memory_bytes
 from rso_ds.planning.plan.config_json import DEFAULT_BASE
 from rso_ds.planning.plan.search import choose
 from rso_ds.recipes.training.arguments import parse_arguments
@@ -333,8 +332,3 @@ def test_bad_input_is_refused(flags, message, monkeypatch):
 def test_bad_bases_are_refused(tmp_path, change, message):
     (tmp_path / "base.json").write_text(json.dumps({"optimizer": {"type": "RSO", "params": {}}, **change}))
     assert message in refusal(*SMALL, "--gpus", "4", "--gpu-memory", "2GB", "--base", str(tmp_path / "base.json"))
-
-
-@pytest.mark.parametrize(("text", "size"), [("40GB", 40e9), ("79.25GiB", 79.25 * 2**30), (" 512 MiB ", 2**29)])
-def test_amounts_of_memory(text, size):
-    assert memory_bytes(text) == size

@@ -19,7 +19,7 @@ from support.resealed_checkpoints import reseal
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
-from rso_ds.integrations.deepspeed_import import own_initialize
+from rso_ds.engines.deepspeed.initialize import own_initialize
 
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000, "hysteresis": 1}}

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rso_ds.boundary import SolverShard
-from rso_ds.engines.replicated import ReplicatedLayout, moments, restart_step
+from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.layers import SubspaceLayer
+from rso_ds.layout import SolverShard
+from rso_ds.solvers.state import moments, restart_step
 
 
 @dataclass
@@ -42,7 +43,7 @@ class FlatGroup:
 
 
 class FlatLayout(ReplicatedLayout):
-    """``ReplicatedShards`` whose solver state lies in flat pieces."""
+    """``ReplicatedLayout`` whose solver state lies in flat pieces."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,10 @@ from rso_ds.deepspeed_json import (
 )
 from rso_ds.engines.deepspeed.attach import attach, count_traffic
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
-from rso_ds.integrations.deepspeed_import import own_initialize
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
 from rso_ds.solvers.groups import layer_groups, solver_groups
+
+logger = logging.getLogger(__name__)
 
 
 def initialize(
@@ -119,8 +121,13 @@ def initialize(
     engine.rso = attach(engine, converted, rso, where)
     count_traffic(engine)
     if engine.global_rank == 0:
-        print(f"{table}\n{engine.rso_form}", flush=True)
+        logger.info("%s\n%s", table, engine.rso_form)
     return result
+
+
+def own_initialize() -> Callable[..., Any]:
+    """DeepSpeed's own ``initialize``, also where ``rso_ds.integrations.deepspeed_import`` has put ours in its place."""
+    return getattr(deepspeed.initialize, "_rso_ds_own", deepspeed.initialize)
 
 
 def initialize_if_selected(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

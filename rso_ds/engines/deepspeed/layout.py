@@ -16,14 +16,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from rso_ds.engines.deepspeed.flat import FlatGroup, FlatLayout
 from rso_ds.engines.deepspeed.stage3 import Stage3Layout
-from rso_ds.engines.replicated import ReplicatedLayout, restart_step
+from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
+from rso_ds.layout import Layout
+from rso_ds.solvers.state import restart_step
 
 
-def deepspeed_layout(
-    engine: Any, layers: Mapping[str, SubspaceLayer], master_weights: str = "none"
-) -> ReplicatedLayout:
+def deepspeed_layout(engine: Any, layers: Mapping[str, SubspaceLayer], master_weights: str = "none") -> Layout:
     """Adapter for ``engine.optimizer``. Raises ``RSOUnsupportedError`` for a class it does not know."""
     optimizer = engine.optimizer
     device = torch.device(get_accelerator().current_device_name())

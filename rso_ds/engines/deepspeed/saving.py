@@ -12,9 +12,9 @@ from typing import Any
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint import Checkpointer, TrainingState, dense_state_dict
 from rso_ds.checkpoint.folder import write_text
-from rso_ds.checkpoint.training_state import Places
 from rso_ds.comm.outcome import agreed, rank_of
 from rso_ds.errors import RSOUnsupportedError
+from rso_ds.layout import Layout
 
 _SCRIPT = '''"""DeepSpeed puts a conversion script here. Checkpoints of RSO are converted by rso_ds itself."""
 
@@ -24,11 +24,11 @@ sys.exit("These are checkpoints of rso_ds, from which zero_to_fp32 would lose B 
 '''
 
 
-def hook_checkpoints(engine: Any, places: Places, boundary: Boundary) -> Checkpointer:
+def hook_checkpoints(engine: Any, layout: Layout, boundary: Boundary) -> Checkpointer:
     """Replace the engine's two methods, refuse those that would lose W; returns what they work with."""
     own: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
     extras = {} if engine.lr_scheduler is None else {"scheduler": engine.lr_scheduler}
-    state = TrainingState(engine.module, places, boundary)
+    state = TrainingState(engine.module, layout, boundary)
     checkpoints = Checkpointer(state, extras, own, lambda: refuse_between_micro_batches(engine))
 
     def save_checkpoint(

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rso_ds.boundary import Rounding, SolverShard
-from rso_ds.engines.replicated import ReplicatedLayout, moments, restart_step
+from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.partitioned import gathered
+from rso_ds.layout import SolverShard
+from rso_ds.solvers.state import moments, restart_step
+from rso_ds.weights.rounding import Rounding
 
 
 class Stage3Layout(ReplicatedLayout):

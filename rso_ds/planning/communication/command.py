@@ -14,10 +14,11 @@ from rso_ds.config import RSOConfig
 from rso_ds.deepspeed_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOConfigError
 from rso_ds.planning.communication.exchange import Deployment, Exchange, Transfer, powersgd, transfers
-from rso_ds.planning.communication.network import Network, bytes_per_second
+from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.account import model_builder
 from rso_ds.planning.memory.command import read_rso_json
 from rso_ds.planning.memory.methods import method
+from rso_ds.units import MB, parse_rate
 
 _TITLES = {"adamw": "AdamW", "galore": "GaLore", "powersgd": "PowerSGD (DDP)", "lora": "LoRA", "rso": "RSO"}
 _ENGINES = ("zero", "ddp", "fsdp2")
@@ -58,9 +59,8 @@ def run(args: argparse.Namespace) -> str:
             "'communicate': 'boundary' is not for DeepSpeed: use --engine ddp, or fsdp2 with replicas."
         )
     deployment = Deployment.from_json(config, args.gpus, args.engine, args.replicas, args.gradient_checkpointing)
-    network = Network(
-        args.nodes, bytes_per_second(args.link), bytes_per_second(args.intra_link), latency=args.latency * 1e-6
-    )
+    link, intra_link = parse_rate(args.link, "--link"), parse_rate(args.intra_link, "--intra-link")
+    network = Network(args.nodes, link, intra_link, latency=args.latency * 1e-6)
     build = model_builder(model_config(args.model, args.vocab_size, 2048))
     rows = [_row(name, sent, where, network) for name, sent, where in _methods(build, rso, deployment)]
     title = (
@@ -123,7 +123,7 @@ def _table(title: str, rows: list[dict[str, Any]], network: Network) -> str:
     lines.append(f"  {'':<16}" + "".join(f"{name:>14}" for name in columns))
     base = rows[0]["seconds"]
     for row in rows:
-        figures = [f"{n / 1e6:,.2f}" for n in (*row["payload_bytes"].values(), row["node_bytes"])]
+        figures = [f"{n / MB:,.2f}" for n in (*row["payload_bytes"].values(), row["node_bytes"])]
         figures += [f"{row['seconds'] * 1e3:,.1f} ms", f"{row['seconds'] / base:.3f}" if base else "-"]
         lines.append(f"  {row['method']:<16}" + "".join(f"{figure:>14}" for figure in figures))
     lines.append(

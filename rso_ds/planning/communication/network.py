@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rso_ds.comm.ring import rounds, wire_bytes
-from rso_ds.errors import RSOConfigError
 from rso_ds.planning.communication.exchange import Deployment, Transfer
-
-_UNITS = {"bit": 0.125, "b": 0.125, "bytes": 1.0, "byte": 1.0, "B": 1.0}
-_PREFIXES = {"": 1.0, "K": 1e3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -57,16 +52,3 @@ class Network:
         if transfer.over == "shards":
             ranks = deployment.hpz if deployment.hpz > 1 else deployment.shards
         return ranks, ranks > per_node, max(1, per_node // ranks)
-
-
-def bytes_per_second(text: str) -> float:
-    """``10Gbit``, ``25Gbit/s``, ``300GB/s`` as bytes a second. Raises ``RSOConfigError``."""
-    match = re.fullmatch(r"([0-9.]+)\s*([KkMGT]?)(bits?|bytes?|b|B)(ps|/s)?", text.strip())
-    try:
-        value = float(match[1]) if match else 0.0
-    except ValueError:
-        value = 0.0
-    if not match or value <= 0:
-        raise RSOConfigError(f"{text!r} is not a rate: write it as 10Gbit or 300GB/s.")
-    unit = match[3].removesuffix("s") if len(match[3]) > 1 else match[3]
-    return value * _PREFIXES[match[2]] * _UNITS[unit]

@@ -20,8 +20,8 @@ from rso_ds.planning.memory.kept import by_kind
 from rso_ds.planning.memory.methods import Method, method
 from rso_ds.planning.memory.states import Engine, Sizes, state_bytes
 from rso_ds.planning.memory.trace import Trace, block_names, trace_training
+from rso_ds.units import GIB
 
-GIB = 2**30
 # Memory that a program can really use on cards of 24, 40, 80 and 141 GB, in bytes.
 CARDS = {"24 GB": int(23.5 * GIB), "40 GB": int(39.4 * GIB), "80 GB": int(78.5 * GIB), "141 GB": int(139.0 * GIB)}
 # CUDA context, NCCL, cuBLAS workspaces; and what the allocator cannot use for fragmentation.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rso_ds.boundary import Boundary
 from rso_ds.layers import rso_layers
 
 # In the order in which a storage is claimed: a flat buffer that parameters are views of counts as theirs.
@@ -52,10 +53,9 @@ def split_of_state(engine: Any) -> dict[str, int]:
         "fp32_groups_flat",
     ):
         claim("masters", _tensors(getattr(optimizer, attribute, None)))
-    layout = getattr(getattr(engine, "rso", None), "layout", None)
-    weight_masters = getattr(layout, "weight_masters", None)
-    if weight_masters is not None:
-        claim("masters", weight_masters.rows.values())
+    boundary: Boundary | None = getattr(engine, "rso", None)
+    if boundary is not None and boundary.layout.weight_masters is not None:
+        claim("masters", boundary.layout.weight_masters.rows.values())
     claim("gradients", (p.grad for p in module.parameters()))
     for attribute in (
         "averaged_gradients", "grad_partitions_flat_buffer", "ipg_buckets", "ipg_buffer", "grads_in_partition",

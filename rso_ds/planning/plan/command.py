@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from rso_ds.errors import RSOConfigError
-from rso_ds.planning.communication.network import Network, bytes_per_second
+from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.account import check_sizes, model_builder
 from rso_ds.planning.memory.command import positions
 from rso_ds.planning.plan.config_json import base_json, own_rank, rso_of, sbatch, single_node, train_flags
-from rso_ds.planning.plan.reasons import gigabytes, nothing_fits, reasons, shape_name
+from rso_ds.planning.plan.reasons import nothing_fits, reasons, shape_name
 from rso_ds.planning.plan.search import RANK_RATIOS, Candidate, NothingFits, Plan, Task, make_plan
+from rso_ds.units import in_unit, parse_memory, parse_rate
 
 # Sustained 1e12 FLOP/s of a GPU where nobody says: assumptions.
 _TFLOPS = {"bf16": 100.0, "fp32": 10.0}
-_MEMORY = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,27 +101,9 @@ def _task(args: argparse.Namespace) -> Task:
     tflops = _TFLOPS[args.precision] if args.gpu_tflops is None else args.gpu_tflops
     if not (math.isfinite(tflops) and tflops > 0):
         raise RSOConfigError(f"--gpu-tflops must be a number above 0, got {args.gpu_tflops!r}.")
-    link, intra_link = (
-        _rate(flag, value) for flag, value in (("--link", args.link), ("--intra-link", args.intra_link))
-    )
+    link, intra_link = parse_rate(args.link, "--link"), parse_rate(args.intra_link, "--intra-link")
     network = Network(args.gpus // per_node, link, intra_link, latency=args.latency * 1e-6)
-    return Task(args.gpus, memory_bytes(args.gpu_memory), tflops, network, batch, args.seq_len)
-
-
-def memory_bytes(text: str) -> int:
-    """``40GB`` (1e9) or ``80GiB`` (2**30) in bytes. Raises ``RSOConfigError``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text.strip(), re.ASCII)
-    size = int(float(match[1]) * _MEMORY[match[2]]) if match else 0
-    if size <= 0:
-        raise RSOConfigError(f"--gpu-memory {text!r} is not an amount of memory: write it as 40GB or 79GiB.")
-    return size
-
-
-def _rate(flag: str, text: str) -> float:
-    try:
-        return bytes_per_second(text)
-    except RSOConfigError as error:
-        raise RSOConfigError(f"{flag}: {error}") from None
+    return Task(args.gpus, parse_memory(args.gpu_memory, "--gpu-memory"), tflops, network, batch, args.seq_len)
 
 
 def _ratios(args: argparse.Namespace, base: dict[str, Any]) -> tuple[tuple[float | None, ...], str | None]:
@@ -195,7 +176,7 @@ def _text(title: str, chosen: Candidate, why: dict[str, list[str]], commands: li
     lines = [
         title,
         f"Plan: ZeRO {shape_name(chosen)}, micro batch {chosen.micro_batch} x {chosen.accumulation}, gradient"
-        f" checkpointing {'on' if chosen.checkpointing else 'off'}, {gigabytes(chosen.needed)} a GPU,"
+        f" checkpointing {'on' if chosen.checkpointing else 'off'}, {in_unit(chosen.needed, 'GB', '.1f')} a GPU,"
         f" {chosen.seconds:.2f} s a step (modelled, not measured)",
         "",
     ]

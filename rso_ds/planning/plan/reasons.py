@@ -9,10 +9,11 @@ from rso_ds.planning.memory.account import FRAGMENTATION, GIB, RESERVE, Accounta
 from rso_ds.planning.memory.states import Engine
 from rso_ds.planning.plan.config_json import rso_of
 from rso_ds.planning.plan.search import NEAR_TIE, Build, Candidate, NothingFits, Plan, Task, choose
+from rso_ds.units import in_unit
 
 
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+def _gigabytes(size: float) -> str:
+    return in_unit(size, "GB", ".1f")
 
 
 def shape_name(candidate: Candidate) -> str:
@@ -42,13 +43,13 @@ def reasons(plan: Plan, task: Task, width: int | None, rank_given: str | None) -
 
 def _memory(chosen: Candidate, task: Task) -> list[str]:
     lines = [
-        f"{gigabytes(chosen.needed)} of {gigabytes(task.memory)} needed: {gigabytes(chosen.account.total)} counted,"
+        f"{_gigabytes(chosen.needed)} of {_gigabytes(task.memory)} needed: {_gigabytes(chosen.account.total)} counted,"
         f" {FRAGMENTATION:.0%} for fragmentation and {RESERVE / GIB:.0f} GiB for the CUDA context and NCCL (allowances,"
         " not measurements)"
     ]
     host = sum(chosen.account.host.values())
     if host:
-        lines.append(f"{gigabytes(host * task.gpus_per_node)} of host memory a node (masters of W, what is offloaded)")
+        lines.append(f"{_gigabytes(host * task.gpus_per_node)} of host memory a node (masters of W, what is offloaded)")
     return lines
 
 
@@ -130,11 +131,11 @@ def nothing_fits(failure: NothingFits, build: Build, task: Task) -> str:
         found.append((f"--seq-len {task.seq_len // 2}", least.deployment.engine, task.seq_len // 2))
     accountant = Accountant(build, rso_of(least.config), engine, least.checkpointing)
     needs = [
-        f"{what} would need {gigabytes(accountant.under(how).account('rso', least.micro_batch, tokens).needed)}"
+        f"{what} would need {_gigabytes(accountant.under(how).account('rso', least.micro_batch, tokens).needed)}"
         for what, how, tokens in found
     ]
     return (
-        f"nothing fits in --gpu-memory {gigabytes(task.memory)}: the least is {gigabytes(least.needed)}, with"
+        f"nothing fits in --gpu-memory {_gigabytes(task.memory)}: the least is {_gigabytes(least.needed)}, with"
         f" {rank_name(least, None)}, {shape_name(least)}, {_how(least)}, sequences of {task.seq_len}. All else equal, "
         + "; ".join(needs)
         + "."
@@ -146,7 +147,7 @@ def _alike(plan: Plan) -> list[Candidate]:
 
 
 def _need(candidate: Candidate, task: Task) -> str:
-    return f"would need {gigabytes(candidate.needed)} of {gigabytes(task.memory)} ({_how(candidate)})"
+    return f"would need {_gigabytes(candidate.needed)} of {_gigabytes(task.memory)} ({_how(candidate)})"
 
 
 def _how(candidate: Candidate) -> str:

@@ -1,20 +1,18 @@
-"""Flags of ``launch/finetune.py``: our own, and all of TrainingArguments or SFTConfig."""
+"""What the flags of ``launch/finetune.py`` that are our own mean; ``parser`` reads them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from rso_ds.deepspeed_json import RSO_TYPE, optimizer_type
 from rso_ds.errors import RSOConfigError
 
-TASKS = ("classification", "causal")
 METHODS = ("rso", "full", "lora")
 
 
@@ -115,31 +113,3 @@ class CausalArguments(FinetuneArguments):
         if self.messages_column in present:
             return {"--messages_column": self.messages_column}
         return {"--prompt_column": self.prompt_column, "--completion_column": self.completion_column}
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[FinetuneArguments, TrainingArguments]:
-    """Ours, with TrainingArguments for classification and TRL's SFTConfig for causal models.
-
-    Raises ``RSOConfigError`` for a bad value or an unknown flag.
-    """
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--task", choices=TASKS, required=not {"-h", "--help"} & set(argv), default=TASKS[0])
-    task, rest = first.parse_known_args(argv)
-    if task.task == "classification":
-        parser = HfArgumentParser((ClassificationArguments, TrainingArguments))  # type: ignore[arg-type]
-    else:
-        from rso_ds.recipes.finetuning.causal import sft_config
-
-        parser = HfArgumentParser((CausalArguments, sft_config()))  # type: ignore[arg-type]
-    parser.prog, parser.description = "finetune.py --task {classification,causal}", f"Flags of --task {task.task}."
-    if "--output_dir" not in " ".join(rest) and "--output-dir" not in " ".join(rest):
-        rest += ["--output_dir", "runs/finetune"]
-    try:
-        ours, training, *unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
-    except ValueError as error:  # TrainingArguments' own checks
-        raise RSOConfigError(str(error)) from None
-    if unknown and unknown[-1]:
-        raise RSOConfigError(
-            f"unknown flag or value: {' '.join(unknown[-1])}. --task {task.task} --help lists the flags."
-        )
-    return ours, training

@@ -24,13 +24,9 @@ from rso_ds.layers.targets import DEFAULT_TARGETS
 from rso_ds.planning.memory.kept import KeptRecorder
 from rso_ds.planning.memory.peak import peak_memory_bytes
 from rso_ds.recipes.finetuning import causal, classification
-from rso_ds.recipes.finetuning.arguments import (
-    CausalArguments,
-    ClassificationArguments,
-    FinetuneArguments,
-    parse_arguments,
-)
+from rso_ds.recipes.finetuning.arguments import CausalArguments, ClassificationArguments, FinetuneArguments
 from rso_ds.recipes.finetuning.data import load_splits
+from rso_ds.recipes.finetuning.parser import parse_arguments
 from rso_ds.recipes.training.model_card import write_card
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rso_ds.errors import RSOError
 from rso_ds.recipes.report.runs import Run
+from rso_ds.units import GIB, MB
 
 # Okabe and Ito's colours, told apart in any colour vision, the hardest to see on white left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -48,10 +49,10 @@ def _draw(runs: Sequence[Run]) -> bytes:
     grid = figure.subplots(3, 3)
     _losses(grid[0][0], runs, "tokens trained on", lambda run: run.tokens, 1)
     _losses(grid[0][1], runs, "seconds of training", lambda run: run.seconds, 1)
-    _losses(grid[0][2], runs, "MB sent by rank 0", lambda run: run.sent, 1e6)
-    _bars(grid[1][0], runs, "peak memory of rank 0, GiB", [_scaled(run.peak_memory, 2**30) for run in runs])
+    _losses(grid[0][2], runs, "MB sent by rank 0", lambda run: run.sent, MB)
+    _bars(grid[1][0], runs, "peak memory of rank 0, GiB", [_scaled(run.peak_memory, GIB) for run in runs])
     _bars(grid[1][1], runs, "tokens a second, median", [run.tokens_per_second for run in runs])
-    _bars(grid[1][2], runs, "MB sent a step by rank 0", [_scaled(run.bytes_per_step, 1e6) for run in runs])
+    _bars(grid[1][2], runs, "MB sent a step by rank 0", [_scaled(run.bytes_per_step, MB) for run in runs])
     _curves(grid[2][0], runs, "held-out loss", lambda run: run.held_out)
     _curves(grid[2][1], runs, "size of merges, ||B Pᵀ|| / ||W||", lambda run: run.merge_ratio, log=True)
     _curves(grid[2][2], runs, "gradient norm in the subspace", lambda run: run.gradient, log=True)
@@ -136,8 +137,8 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
         ("tokens", lambda run: f"{max(run.tokens.values()):,.0f}" if run.tokens else None),
         ("seconds of training", lambda run: f"{max(run.seconds.values()):,.1f}" if run.seconds else None),
         ("tokens a second, median", lambda run: _shown(run.tokens_per_second, 1, ",.0f")),
-        ("MB sent a step", lambda run: _shown(run.bytes_per_step, 1e6, ",.3f")),
-        ("peak memory, GiB", lambda run: _shown(run.peak_memory, 2**30, ".3f")),
+        ("MB sent a step", lambda run: _shown(run.bytes_per_step, MB, ",.3f")),
+        ("peak memory, GiB", lambda run: _shown(run.peak_memory, GIB, ".3f")),
     ]
     cells = [["", *(run.name for run in runs)]]
     for label, value in rows:

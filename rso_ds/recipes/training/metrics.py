@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rso_ds.comm.counter import KINDS, CommCounter
 from rso_ds.recipes.training.held_out import perplexity
+from rso_ds.units import MB, in_unit
 
 
 def validation(loss: float) -> dict[str, float | None]:
@@ -38,7 +39,7 @@ def traffic_summary(traffic: CommCounter, steps: int) -> str:
         crossing = traffic.total(kind, "inter-node", wire=True)
         if payload:
             figures = (payload, payload / max(1, steps), wire, crossing)
-            lines.append(f"  {kind:<33}" + "".join(f" {n / 1e6:>12,.3f}" for n in figures))
+            lines.append(f"  {kind:<33}" + "".join(f" {n / MB:>12,.3f}" for n in figures))
     return "\n".join(lines)
 
 
@@ -107,7 +108,7 @@ class Display:
         sent = sum(n for kind, n in record["comm_bytes"].items() if kind != "evaluation")
         status = (
             f"loss {_number(record['loss'], '.4f')}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
-            f"  {sent / 1e6:,.2f} MB/step  mem {record['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"  {in_unit(sent, 'MB', ',.2f')}/step  mem {in_unit(record['peak_memory_bytes'], 'GiB', '.2f')}"
         )
         if "val_loss" in record:
             status += f"  val {_number(record['val_loss'], '.4f')} (ppl {_number(record['val_ppl'], '.2f')})"

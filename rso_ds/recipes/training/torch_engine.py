@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,8 +23,11 @@ from rso_ds.engines.optimizer import RSO
 from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import convert, summary_table
+from rso_ds.layout import Layout
 from rso_ds.planning.memory.trace import block_names
 from rso_ds.solvers.groups import decay_groups
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -50,7 +54,7 @@ class TorchEngine:
             converted = convert(model, config)
             agree_on_setup(converted.layers, config)  # DDP would fail on unequal shapes in words of its own
             if context.rank == 0:
-                print(summary_table(model, config), flush=True)
+                logger.info(summary_table(model, config))
         self._apart = config is not None and config.communicate == "boundary"
         extra = self._wrap(context, replicas, self._apart)
         self.traffic = install()
@@ -58,7 +62,7 @@ class TorchEngine:
         if isinstance(self.optimizer, RSO):
             self.rso = self.optimizer.boundary
             if context.rank == 0:
-                print(self.optimizer.form, flush=True)
+                logger.info(self.optimizer.form)
         self.scheduler = _scheduler(self.optimizer, ds_json)
         self.checkpoints = self._checkpointer()
 
@@ -123,7 +127,7 @@ class TorchEngine:
     def _step(self) -> bool:
         """Whether the step was taken: one with infinite or NaN gradients is not."""
         if not isinstance(self.optimizer, RSO):
-            if not self._places.finite(self.module.parameters()):
+            if not self._layout.finite(self.module.parameters()):
                 self._skipped += 1
                 return False
             self.optimizer.step()
@@ -136,10 +140,10 @@ class TorchEngine:
         if isinstance(self.optimizer, RSO):
             return self.optimizer.checkpointer(**extras)
         if self.kind == "ddp":
-            self._places = ReplicatedLayout({}, self.optimizer, next(self.module.parameters()).device)
+            self._layout: Layout = ReplicatedLayout({}, self.optimizer, next(self.module.parameters()).device)
         else:
-            self._places = FSDPLayout(self._wrapped, {}, self.optimizer, RSOConfig())
-        return Checkpointer(TrainingState(self.module, self._places, None), extras, {"engine": self})
+            self._layout = FSDPLayout(self._wrapped, {}, self.optimizer, RSOConfig())
+        return Checkpointer(TrainingState(self.module, self._layout, None), extras, {"engine": self})
 
     @property
     def skipped_steps(self) -> int:
