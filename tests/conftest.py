@@ -124,6 +124,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     file = os.environ.get("RSO_DS_TEST_TIMINGS")
     if file and "PYTEST_XDIST_WORKER" not in os.environ:  # the workers' reports come to the controller
-        line = {"test": report.nodeid, "phase": report.when, "seconds": round(report.duration, 3)}
+        line = {
+            "test": report.nodeid,
+            "phase": report.when,
+            "seconds": round(report.duration, 3),
+            "outcome": report.outcome,
+        }
         with open(file, "a") as lines:
             lines.write(json.dumps(line) + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.environment import ROOT
+from support.progress import run_command
 
 from rso_ds.cli import main
 from rso_ds.comm.launch import Launch
@@ -322,5 +323,5 @@ except SystemExit: pass
 print([name for name in ("deepspeed", "transformers", "accelerate") if name in sys.modules])
 """
     path = ROOT / "ds_configs" / "rso_offload.json"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    done = run_command([sys.executable, "-c", code, str(path)])
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.environment import needs
 from support.fault_runs import ENGINES, FLAGS, SAVE, STEPS, faults, same, undisturbed_run
+from support.progress import end_of
 from support.train_ranks import TrainRanks
 from support.train_workspace import ROOT, Workspace
 
@@ -89,7 +90,7 @@ def test_a_signal_while_the_other_rank_is_dead_ends_with_one_message(space):
     ranks.kill(1)
     ranks.kill(0, signal.SIGTERM)
     began = time.monotonic()
-    assert ranks.wait(20) == [1, -signal.SIGKILL]
+    assert ranks.wait() == [1, -signal.SIGKILL]
     assert time.monotonic() - began < 10
     assert "rank 0 lost another rank in the middle of a collective" in ranks.text(0)
     assert "Traceback" not in ranks.text(0)
@@ -134,7 +135,7 @@ def test_torchrun_signalled_with_all_its_ranks(space):
     try:
         progressed(run, process, log, 8)
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(60) == 1
+        assert end_of(process) == 1
     finally:
         end_group(process)
     step = run.step()
@@ -154,7 +155,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_the_same(space, undistur
     try:
         progressed(run, process, log, SAVE + 2)
         os.kill(ranks_of(process)[1], signal.SIGKILL)
-        assert process.wait(150) == 0, log.read_text()[-3000:]
+        assert end_of(process) == 0, log.read_text()[-3000:]
     finally:
         end_group(process)
     text = log.read_text()

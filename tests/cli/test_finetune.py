@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.environment import ROOT, needs
+from support.progress import run_command
 from support.train_workspace import free_port
 
 needs("accelerate", "datasets", "trl", "peft")
@@ -73,7 +74,7 @@ def finetune(folder: Path, out: str, *flags: str, launcher: list[str] | None = N
     common = ["--output_dir", str(folder / out), "--use_cpu", "--report_to", "none", "--save_strategy", "no"]
     common += ["--disable_tqdm", "true", "--seed", "1"]
     command = [*(launcher or [sys.executable]), str(ROOT / "launch" / "finetune.py"), *common, *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=env)
+    return run_command(command, cwd=folder, env=env)
 
 
 def results(done: subprocess.CompletedProcess, folder: Path, out: str) -> dict:

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from safetensors.torch import load_file
+from support.progress import run_command
 from virtual_cluster import VirtualCluster
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def train_on_one_node(work: Path, steps: int, output: Path) -> dict[int, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["launch/train.py", *flags(steps, output)]
     env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(work)}
-    done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
+    done = run_command(command, cwd=work, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(output)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.environment import ROOT, needs
+from support.progress import run_command
 from support.train_workspace import free_port
 
 needs("transformers")
@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 def start(*command: str) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{env['PATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = run_command(command, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

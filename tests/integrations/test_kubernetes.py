@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.progress import end_of
 from support.train_workspace import ROOT, Workspace, free_port
 
 models = pytest.importorskip("kubeflow_trainer_api.models")
@@ -131,11 +132,11 @@ def test_a_pod_that_is_ended_has_saved_and_goes_on_when_started_again(space, tmp
         assert pod.poll() is None, log.read_text()
         time.sleep(0.1)
     os.kill(pod.pid, signal.SIGTERM)  # as the kubelet: the container's first process, not its children
-    assert pod.wait(60) not in (0, None), log.read_text()  # a failure, which the failurePolicy answers with a restart
+    assert end_of(pod) != 0, log.read_text()  # a failure, which the failurePolicy answers with a restart
     assert "SIGUSR1: stopped after step" in log.read_text()
     assert steps_done(output) < STEPS
     pod = start(space, output, log)
-    assert pod.wait(120) == 0, log.read_text()
+    assert end_of(pod) == 0, log.read_text()
     assert "beginning at step 0" not in log.read_text()
     assert steps_done(output) == STEPS
     assert (output / "model" / "config.json").exists()

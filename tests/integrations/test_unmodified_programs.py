@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.environment import ROOT, needs
+from support.progress import run_command
 from support.train_workspace import free_port
 
 needs("deepspeed", "datasets")
@@ -61,7 +62,7 @@ def start(launcher: list[str], program: str, folder: Path, *flags: str) -> subpr
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAMS.parent.parent), "HF_HOME": str(folder / "hf")}
     env["PATH"] = os.pathsep.join([str(BIN), env["PATH"]])
     command = [*launcher, str(PROGRAMS / program), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=folder)
+    return run_command(command, env=env, cwd=folder)
 
 
 def deepspeed() -> list[str]:
@@ -128,7 +129,7 @@ def test_run_glue(folder):
 
 def test_a_program_that_is_not_there(folder):
     command = [sys.executable, "-m", "rso_ds.run", "--local_rank=0", "nothing.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+    done = run_command(command, cwd=folder)
     assert done.returncode == 2
     assert "nothing.py does not exist" in done.stderr
     assert "Traceback" not in done.stderr
@@ -154,7 +155,7 @@ def test_how_a_program_ends(tmp_path, code, status):
     (tmp_path / "program.py").write_text(text)
     command = [sys.executable, "-m", "rso_ds.run", "program.py"]
     env = {**os.environ, "PYTHONPATH": str(PROGRAMS.parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=env)
+    done = run_command(command, cwd=tmp_path, env=env)
     assert done.returncode == status, done.stderr
     assert done.stdout == "end thread\nat exit\n"
     assert ("a message" in done.stderr) == (status == 1)

@@ -85,6 +85,12 @@ def run_command(command: Sequence[str], **options: Any) -> subprocess.CompletedP
         return subprocess.CompletedProcess(command, process.returncode, _text(out), _text(err))
 
 
+def end_of(process: subprocess.Popen[str]) -> int:
+    """The exit status of ``process``, once it has ended. Raises ``StandstillError``."""
+    wait_until(lambda: process.poll() is not None, Progress([process.pid]))
+    return process.returncode
+
+
 def end_family(pid: int) -> None:
     """Kill a process that a test has started, and what it has started."""
     try:

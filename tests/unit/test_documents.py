@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.environment import ROOT
+from support.progress import run_command
 
 DOCUMENTS = ["README.md", "launch/README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 MARK = re.compile(r"<!-- (?:(run)|tested: (\S+)::(\w+)|not run: (.+)) -->")
@@ -58,10 +58,7 @@ def test_command_runs(block, tmp_path):
     for name in ("ds_configs", "launch", "examples", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PATH": path},
-    )  # fmt: skip
+    done = run_command(["bash", "-euo", "pipefail", "-c", block.text], cwd=tmp_path, env={**os.environ, "PATH": path})
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -87,10 +84,11 @@ def test_links_between_documents_hold(document):
 def test_the_site_builds_without_a_warning(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
     pages = {p.name for p in (tmp_path / "site").iterdir()}
@@ -107,7 +105,7 @@ def test_every_page_is_in_the_navigation():
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     script = ROOT / "docs" / "figures" / "draw.py"
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
+    assert run_command([sys.executable, str(script), str(tmp_path)]).returncode == 0
     drawn = {p.name for p in tmp_path.glob("*.svg")}
     assert drawn == {p.name for p in script.parent.glob("*.svg")}
     text = (ROOT / "docs" / "how-it-works.md").read_text()

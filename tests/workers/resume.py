@@ -157,5 +157,4 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         if act == "resume":
             source, _, target = name.partition(" -> ")
             return resume(folder, source, target or source)
-        index, _, chain = name.partition(" of ")
-        return link(folder, chain, int(index))
+        return link(folder, name.removeprefix("of "), int(act))
