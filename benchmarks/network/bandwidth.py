@@ -1,9 +1,9 @@
 """Step time of AdamW, GaLore, PowerSGD and RSO between two nodes joined by a link of limited rate.
 
-    python benchmarks/bandwidth.py --model llama-60m --links none 1gbit 100mbit:2 --json bandwidth.json
+    python benchmarks/network/bandwidth.py --model llama-60m --links none 1gbit 100mbit:2 --json bandwidth.json
 
 Two network namespaces, one veth pair shaped by tc's token bucket at both ends, one gloo rank of one thread in each
-(docs/bandwidth.md). Both ranks build every method once; each round then runs a few steps of every method in turn, so
+(README.md says more). Both ranks build every method once; each round then runs a few steps of every method in turn, so
 that other load on the machine falls on all alike. LINK:ROUNDS gives a slow link other rounds than --rounds.
 ``--sweep-seq-lens`` repeats AdamW and RSO h/16 with longer sequences, to find where the saved traffic stops to matter.
 Token ids are random: times do not depend on them. Needs root, ip and tc; prints "skipped: ..." without them.
@@ -31,7 +31,7 @@ from bandwidth_worker import METHODS, WARM_UP
 
 from rso_ds.models import LLAMA_SHAPES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BASELINE, OURS = "AdamW", "RSO h/16"
 TARGET = 3.0
 

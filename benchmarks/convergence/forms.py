@@ -1,6 +1,6 @@
 """Loss curves of the two forms against each other, for each sampler: what rounding makes of one computation.
 
-    python benchmarks/forms.py --data ../shared/data/eltec-eng --json forms.json --picture forms.svg
+    python benchmarks/convergence/forms.py --data ../shared/data/eltec-eng --json forms.json --picture forms.svg
 
 All models begin with the same weights and are given the same batches, step by step. "Two-path, nudged" begins with
 weights that differ by one rounding (a factor of 1 + eps in one weight): how far rounding alone takes two runs of one

@@ -1,6 +1,6 @@
 """Time and size of a checkpoint: RSO's own format beside plain DeepSpeed with AdamW, at the LLaMA-350M shape.
 
-    python benchmarks/checkpoint_time.py --json checkpoint_time.json
+    python benchmarks/reliability/checkpoint_time.py --json checkpoint_time.json
 
 Two gloo ranks on this machine with one thread each, ZeRO-2, bf16 with fp32 masters, one step of 16 tokens a rank
 before the first save. Each save and load is repeated; the median and the range are printed as Markdown. Ours are
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.environment import prepare

@@ -1,4 +1,4 @@
-"""One rank of benchmarks/cluster.py: bytes that a collective makes this node send to others, beside those of a ring."""
+"""One rank of cluster.py: bytes that a collective makes this node send to others, beside those of a ring."""
 
 import json
 import os
@@ -34,6 +34,9 @@ def run(op: str, group: dist.ProcessGroup, ranks: int) -> int:
     return 4 * (part if op == "all_gather" else whole).numel()
 
 
+if sys.argv[1:] in ([], ["-h"], ["--help"]):
+    print(f"usage: cluster_worker.py OUT.json, which cluster.py starts on every rank\n\n{__doc__}")
+    sys.exit()
 launch = export_launch_environment()
 dist.init_process_group("gloo")
 half = launch.world_size // 2

@@ -1,6 +1,6 @@
 """How exactly runs go on from a checkpoint: same ranks, other ranks, other ZeRO stage, other engine.
 
-    python benchmarks/resume_matrix.py --json resume_matrix.json
+    python benchmarks/reliability/resume_matrix.py --json resume_matrix.json
 
 Runs the cases of tests/checkpoint/test_resume.py (13 steps, an interval of 3, saved after step 7 in the
 middle of a subspace, two and four gloo ranks, new processes to continue) and prints the largest differences of losses
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
 
 from cases.resume_cases import CHAINS, CROSSINGS, SAVE, four_rank_cases, two_rank_cases

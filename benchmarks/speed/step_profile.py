@@ -1,6 +1,6 @@
 """What a step's time is spent on: AdamW and RSO in each form, in one process; and what a boundary and a draw cost.
 
-    python benchmarks/step_profile.py --json profile.json
+    python benchmarks/speed/step_profile.py --json profile.json
 
 The phases are timed apart, the methods by turns; medians. "merge" is the folded form's W <- W + B P^T, once a step;
 "boundary" one crossing, draws included, which comes once an interval. The shares of operators are of one profiled step.

@@ -1,4 +1,4 @@
-"""What ``benchmarks/convergence.py`` has found, as tables and as a picture."""
+"""What ``convergence.py`` has found, as tables and as a picture."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Time of a whole training step: AdamW, LoRA, GaLore, APOLLO and RSO in each form, by turns in the same processes.
 
-    torchrun --nproc-per-node 2 benchmarks/step_time.py --model llama-35m --engine zero2 --json step.json
-    torchrun --nproc-per-node 2 benchmarks/step_time.py --engine ddp --methods AdamW GaLore "RSO folded haar"
+    torchrun --nproc-per-node 2 benchmarks/speed/step_time.py --model llama-35m --engine zero2 --json step.json
+    torchrun --nproc-per-node 2 benchmarks/speed/step_time.py --engine ddp --methods AdamW GaLore "RSO folded haar"
 
 A step is forward, backward, exchange and optimizer; RSO's boundaries fall where they fall (``--interval``). Each method
 takes ``--steps`` steps in a round, and another one goes first in each. GaLore and APOLLO work on matrices and run under
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peak import Peak
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -33,6 +33,9 @@ import rso_ds
 from rso_ds.comm import install
 from rso_ds.models import LLAMA_SHAPES, llama_config
 from rso_ds.planning.memory.kept import KeptRecorder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "memory"))
+from peak import Peak
 
 LR = 1e-3
 CUDA = torch.cuda.is_available()
@@ -65,7 +68,7 @@ class Method:
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         rank = max(1, round(args.rank_ratio * shape.hidden_size))
-        config = rso_ds.RSOConfig(lr=LR, rank=rank, interval=args.interval, torch_adam=not CUDA, **options)
+        config = rso_ds.RSOConfig(lr=LR, rank=rank, interval=args.interval, torch_adam=torch_adam(args), **options)
         if kind == "lora":
             model = lora(model, rank)
         self.vocab, self.device = args.vocab, device
@@ -111,7 +114,7 @@ class Method:
             setup["optimizer"] = {"type": "RSO", "params": {key: getattr(config, key) for key in keys}}
             engine = rso_ds.initialize(model=model, config=setup)[0]
         else:
-            params = {"lr": LR, "weight_decay": 0.0, "torch_adam": not CUDA}
+            params = {"lr": LR, "weight_decay": 0.0, "torch_adam": torch_adam(args)}
             setup["optimizer"] = {"type": "AdamW", "params": params}
             trained = [p for p in model.parameters() if p.requires_grad]
             engine = deepspeed.initialize(model=model, model_parameters=trained, config=setup)[0]
@@ -136,6 +139,11 @@ class Method:
             loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
         self.finish(loss)
         return recorder.total
+
+
+def torch_adam(args: argparse.Namespace) -> bool:
+    """Whether DeepSpeed is to take torch's Adam: its own kernel is built by a CUDA toolkit."""
+    return args.torch_adam or not CUDA
 
 
 def lora(model: nn.Module, rank: int) -> nn.Module:
@@ -242,6 +250,9 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--torch-adam", action="store_true", help="on a GPU too, where a CUDA toolkit can build the fused one"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if CUDA:

@@ -1,6 +1,6 @@
 """Kill ranks of a training run at random moments, resume it each time, and compare the end with an undisturbed run.
 
-    python benchmarks/faults.py --kills 25 --stages 0 1 2 3 --seed 0 --json faults.json
+    python benchmarks/reliability/faults.py --kills 25 --stages 0 1 2 3 --seed 0 --json faults.json
 
 For each ZeRO stage: one undisturbed run on two CPU ranks, then runs of the same settings that are disturbed until
 there have been ``--kills`` kills in all. A kill comes at a random time after the start of the ranks or, every third,
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
@@ -231,7 +231,10 @@ def main() -> None:
             results.append(Campaign(space, stage, args.steps, args.save_interval, chance).run(args.kills))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
             if args.json:
-                body = {"command": " ".join(["python", "benchmarks/faults.py", *sys.argv[1:]]), "seed": args.seed}
+                body = {
+                    "command": " ".join(["python", "benchmarks/reliability/faults.py", *sys.argv[1:]]),
+                    "seed": args.seed,
+                }
                 args.json.write_text(json.dumps({**body, "results": results}, indent=1) + "\n")
     print(table(results))
 

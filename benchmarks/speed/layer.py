@@ -1,6 +1,6 @@
 """Forward and backward of one linear layer: dense, LoRA, and RSO in each form, by turns.
 
-    python benchmarks/layer.py --sizes 1024 4096 --dtypes fp32 bf16 --json layer.json
+    python benchmarks/speed/layer.py --sizes 1024 4096 --dtypes fp32 bf16 --json layer.json
 
 Times are shares of a dense layer that computes y, dx and dW; "floor" is the same share counted in operations. "+ merge"
 adds W <- W + B P^T, which the folded form does once a step (the two-path form once an interval); bf16 is rounded

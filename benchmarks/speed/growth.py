@@ -1,10 +1,10 @@
 """How a step's time and what it keeps grow with sequence length, rank, number of blocks and world size.
 
-    python benchmarks/growth.py run growth.jsonl
-    python benchmarks/growth.py picture growth.jsonl growth.svg
-    python benchmarks/growth.py table growth.jsonl
+    python benchmarks/speed/growth.py run growth.jsonl
+    python benchmarks/speed/growth.py picture growth.jsonl growth.svg
+    python benchmarks/speed/growth.py table growth.jsonl
 
-Each setting is one start of ``benchmarks/step_time.py``, with everything but one option as in ``COMMON``; settings that
+Each setting is one start of ``step_time.py``, with everything but one option as in ``COMMON``; settings that
 RESULTS holds are not run again. Nothing else should run on the machine. World sizes above the number of cores share
 them: what is told there is the share of AdamW's time, not the time.
 """

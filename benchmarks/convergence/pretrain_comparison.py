@@ -1,6 +1,6 @@
 """The same pre-training run under several DeepSpeed JSONs and learning rates, one after the other.
 
-    python benchmarks/pretrain_comparison.py --runs adamw:2e-3 rso:4e-3 --output runs/comparison -- \
+    python benchmarks/convergence/pretrain_comparison.py --runs adamw:2e-3 rso:4e-3 --output runs/comparison -- \
         --data ../shared/data/eltec-eng --train-tokens 8000000
 
 RUN is NAME:LR for ds_configs/NAME.json. Everything after -- goes to launch/train.py. Model, data, tokens, seed and
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(run: str, output: Path, ranks: int, flags: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Damage every file of a checkpoint in every way, and see that none of it is loaded.
 
-    python benchmarks/corruption.py --json corruption.json
+    python benchmarks/reliability/corruption.py --json corruption.json
 
 For each engine two CPU ranks save a checkpoint, go on, and try to load hundreds of damaged copies of it. Each attempt
 must end in an error that names the file (for a manifest of another run: a file that does not fit the manifest), the
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support.environment import prepare
 from support.ranks import run_ranks
@@ -84,7 +84,10 @@ def main() -> None:
         for r in faults(results):
             print(f"\nWRONG, {name}: {json.dumps(r)}")
     if args.json:
-        body = {"command": " ".join(["python", "benchmarks/corruption.py", *sys.argv[1:]]), "seed": args.seed}
+        body = {
+            "command": " ".join(["python", "benchmarks/reliability/corruption.py", *sys.argv[1:]]),
+            "seed": args.seed,
+        }
         args.json.write_text(json.dumps({**body, "cases": everything}, indent=1) + "\n")
 
 

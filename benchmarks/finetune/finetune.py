@@ -1,7 +1,8 @@
 """Fine-tuning by full AdamW, LoRA, GaLore and RSO: the same model, rows, epochs and schedule.
 
-    python benchmarks/finetune.py banking77 --data ../shared/data/banking77 --output runs/finetune
-    python benchmarks/finetune.py gsm8k --data ../shared/data/gsm8k --model runs/base/model --output runs/finetune
+    python benchmarks/finetune/finetune.py banking77 --data ../shared/data/banking77 --output runs/finetune
+    python benchmarks/finetune/finetune.py gsm8k --data ../shared/data/gsm8k --model runs/base/model \
+        --output runs/finetune
 
 Every method runs once for each learning rate of its grid, with the first seed; the best goes on with the other seeds.
 A short run on two ranks gives the bytes that a step sends, and, method after method in turn, the time that it takes.
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median, stdev
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""What each method of ``benchmarks/convergence.py`` holds: measured on one step of it, in this process."""
+"""What each method of ``convergence.py`` holds: measured on one step of it, in this process."""
 
 from __future__ import annotations
 

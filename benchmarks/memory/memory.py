@@ -1,9 +1,9 @@
 """Memory of one training step, measured: what a block keeps op by op, and the peak of AdamW, LoRA, GaLore, RSO.
 
-    python benchmarks/memory.py blocks                       # op-by-op table, fake tensors, LLaMA-7B shape
-    python benchmarks/memory.py kept --seq-len 256           # model against measurement, 9M to 1B
-    python benchmarks/memory.py speed --shape llama-20m      # step time with and without each lean piece
-    python benchmarks/memory.py peak --shape llama-350m --batch 16 --seq-len 256   # one GPU, or the CPU
+    python benchmarks/memory/memory.py blocks                       # op-by-op table, fake tensors, LLaMA-7B shape
+    python benchmarks/memory/memory.py kept --seq-len 256           # model against measurement, 9M to 1B
+    python benchmarks/memory/memory.py speed --shape llama-20m      # step time with and without each lean piece
+    python benchmarks/memory/memory.py peak --shape llama-350m --batch 16 --seq-len 256   # one GPU, or the CPU
 
 ``peak`` takes two real optimizer steps in bf16 and reports the second: on CUDA the allocator's peak, on a
 CPU the peak of all storages that torch makes. LoRA needs ``peft``, GaLore ``galore-torch``; a method whose

@@ -1,6 +1,6 @@
 """LLaMA-7B takes real RSO steps under ZeRO-3 on two CPU ranks, inside 24 GiB.
 
-    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/seven_billion.py
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/memory/seven_billion.py
 
 Random bf16 weights built under zero.Init, never whole on a rank; random tokens, the same each step, so
 that the loss must fall. Prints each step's loss, time and memory, the split of what each rank holds, and

@@ -1,4 +1,4 @@
-"""The optimizers that ``benchmarks/convergence.py`` compares, each on a model of its own."""
+"""The optimizers that ``convergence.py`` compares, each on a model of its own."""
 
 from __future__ import annotations
 

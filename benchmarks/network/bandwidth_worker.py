@@ -1,10 +1,11 @@
-"""One rank of benchmarks/bandwidth.py: builds every method once, then times them as it is told on standard input.
+"""One rank of bandwidth.py: builds every method once, then times them as it is told on standard input.
 
 Commands and answers are lines of JSON, so that the parent can change the link between two passes of one process.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -180,6 +181,7 @@ def one_pass(methods: dict[str, Method], order: dict[str, Any]) -> dict[str, Any
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     # Libraries print to standard output too; the parent reads nothing but our answers there.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

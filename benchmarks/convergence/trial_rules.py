@@ -1,7 +1,7 @@
-"""Rules for RSO that were tried in ``benchmarks/convergence.py`` (study "rules"), each as short as it can be.
+"""Rules for RSO that were tried in ``convergence.py`` (study "rules"), each as short as it can be.
 
 They work on one process and one engine, and reach into the package for it. None is an option of the package: that takes
-a trial that it wins over several seeds (docs/convergence.md).
+a trial that it wins over several seeds (benchmarks/convergence/README.md).
 """
 
 from __future__ import annotations

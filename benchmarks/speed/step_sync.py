@@ -1,8 +1,8 @@
 """What the ranks' agreement after every step costs (rso_ds.recipes.training.steps.StepSync): 16 bytes by gloo.
 
-    python benchmarks/meeting.py --ranks 2 4
+    python benchmarks/speed/step_sync.py --ranks 2 4
 
-Prints median and 90th percentile in microseconds over 2000 meetings of ranks that are already in step.
+Prints median and 90th percentile in microseconds over 2000 syncs of ranks that are already in step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
@@ -30,11 +30,11 @@ from rso_ds.recipes.training.steps import StepSync
 def rank_main(rank: int, ranks: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    meeting = StepSync(RankContext(rank, rank, ranks, False), install(), 60)
+    sync = StepSync(RankContext(rank, rank, ranks, False), install(), 60)
     times = []
     for i in range(2200):
         began = time.perf_counter()
-        meeting(1.0, False)
+        sync(1.0, False)
         if i >= 200:
             times.append(1e6 * (time.perf_counter() - began))
     if rank == 0:

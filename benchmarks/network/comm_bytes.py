@@ -1,6 +1,6 @@
 """Bytes per step and rank, counted at the collectives and beside the closed form, for every engine and method.
 
-    python benchmarks/comm_bytes.py --ranks 2 4 --json comm_bytes.json
+    python benchmarks/network/comm_bytes.py --ranks 2 4 --json comm_bytes.json
 
 Starts real gloo ranks on this machine; with four, ranks 0-1 and 2-3 count as two nodes. The model is the
 llama-9m shape with a vocabulary of 4096, one sequence of 16 tokens a rank (bytes do not depend on tokens).
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
 
 from support.environment import prepare

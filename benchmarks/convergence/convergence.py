@@ -1,10 +1,10 @@
 """Held-out loss at equal tokens: AdamW, GaLore, APOLLO, LoRA, ReLoRA, and RSO with its options.
 
-    python benchmarks/convergence.py run methods --data ../shared/data/eltec-eng --tokens-per-parameter 0.25 2 \
-        --results convergence.jsonl --jobs 2
-    python benchmarks/convergence.py table convergence.jsonl
-    python benchmarks/convergence.py picture convergence.jsonl convergence.svg
-    python benchmarks/convergence.py frontier convergence.jsonl frontier.svg
+    python benchmarks/convergence/convergence.py run methods --data ../shared/data/eltec-eng \
+        --tokens-per-parameter 0.25 2 --results convergence.jsonl --jobs 2
+    python benchmarks/convergence/convergence.py table convergence.jsonl
+    python benchmarks/convergence/convergence.py picture convergence.jsonl convergence.svg
+    python benchmarks/convergence/convergence.py frontier convergence.jsonl frontier.svg
 
 Every variant has two learning rates: that of what is trained in the matrices of the blocks, and that of the rest
 (embedding, head, norms) as a multiple of it. With the first seed both are searched on a grid of powers of 2, from the
@@ -90,7 +90,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "share": {f"shared by {how}": _rso(share_projection=how) for how in ("input", "shape")},
     "proximal": {f"proximal {x:g}": _rso(proximal=x) for x in (0.0, 1e-3, 1e-1)},
-    # Not in the package: benchmarks/trial_rules.py.
+    # Not in the package: benchmarks/convergence/trial_rules.py.
     "rules": {
         **{
             rule.replace("_", " "): _rso(trial=rule)

@@ -1,6 +1,7 @@
 """Launchers, time limits, a lost node and bytes between nodes, under a real SLURM of virtual nodes on one machine.
 
-    python benchmarks/cluster.py --parts launchers limit down bytes collectives --nodes 2 4 --json cluster.json
+    python benchmarks/reliability/cluster.py --parts launchers limit down bytes collectives \
+        --nodes 2 4 --json cluster.json
 
 Needs root and the packages of tests/cluster/install.sh. Four ranks share all nodes in every part.
 
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "tests" / "cluster", ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
@@ -235,7 +236,7 @@ def bytes_between(cluster: VirtualCluster, work: Path) -> list[dict[str, Any]]:
 def collectives(cluster: VirtualCluster, work: Path) -> list[dict[str, Any]]:
     found = work / "collectives.json"
     command = ["srun", f"--nodes={len(cluster.nodes)}", f"--ntasks={RANKS}", JOB["VENV"] + "/bin/python"]
-    command += [str(ROOT / "benchmarks" / "cluster_worker.py"), str(found)]
+    command += [str(Path(__file__).with_name("cluster_worker.py")), str(found)]
     cluster.run("vctl", command, work, 120, PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="eth0", OMP_NUM_THREADS="1")
     rows: list[dict[str, Any]] = json.loads(found.read_text())
     return [{**row, "of a ring": row["measured"] / row["ring"]} for row in rows]
