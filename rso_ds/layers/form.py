@@ -23,8 +23,8 @@ from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
 
 # What a merge into 16-bit W costs in 16-bit operations: with dense P as a multiple of those of B P^T, with coordinates
-# for each element that changes. Measured with benchmarks/layer.py on cores that have 16-bit products
-# (docs/performance.md).
+# for each element that changes. Measured with benchmarks/speed/layer.py on cores that have 16-bit products
+# (benchmarks/speed/README.md).
 LOW_PRECISION_MERGE, LOW_PRECISION_ELEMENT = 9, 7000
 
 

@@ -14,7 +14,7 @@ from support.train_ranks import TrainRanks
 from support.train_workspace import Workspace
 
 # isort: split
-import corruption  # found by what fault_runs has put on the path
+import corruption  # pytest has benchmarks/reliability on its path
 
 needs("deepspeed")
 

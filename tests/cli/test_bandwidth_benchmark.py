@@ -1,4 +1,4 @@
-"""benchmarks/bandwidth.py in its smallest form: a real shaped link between two network namespaces."""
+"""benchmarks/network/bandwidth.py in its smallest form: a real shaped link between two network namespaces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import pytest
 from support.environment import ROOT
 
+BENCHMARK = ROOT / "benchmarks" / "network" / "bandwidth.py"
 METHODS = ["AdamW", "PowerSGD h/16", "AdamW, DenseSubspace h/16", "RSO h/16"]
 STEPS = 2
 
@@ -22,7 +23,7 @@ def namespaces() -> set[str]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp("bandwidth") / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bandwidth.py"), "--model", "llama-9m", "--vocab", "256"]
+    command = [sys.executable, str(BENCHMARK), "--model", "llama-9m", "--vocab", "256"]
     command += ["--links", "1gbit", "--rounds", "1", "--steps", str(STEPS), "--sweep-seq-lens"]
     command += ["--methods", *METHODS, "--json", str(out)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -61,14 +62,14 @@ def test_rso_really_sends_less_than_adamw(rows):
 
 
 def test_without_tools_it_is_skipped_and_says_why(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "bandwidth.py")]
+    command = [sys.executable, str(BENCHMARK)]
     env = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith("skipped: ")
 
 
 def test_rates():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(BENCHMARK.parent))
     try:
         from bandwidth_net import parse_rate
     finally:

@@ -12,7 +12,9 @@ import pytest
 from support.environment import ROOT
 from support.progress import run_command
 
-DOCUMENTS = ["README.md", "launch/README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+BENCHMARKS = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").rglob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "launch/README.md", *BENCHMARKS]
+DOCUMENTS += [f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"<!-- (?:(run)|tested: (\S+)::(\w+)|not run: (.+)) -->")
 
 
@@ -93,8 +95,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "WARNING" not in done.stderr
     pages = {p.name for p in (tmp_path / "site").iterdir()}
     assert pages >= {Path(document).stem for document in DOCUMENTS if document.startswith("docs/")} - {"index"}
+    assert all((tmp_path / "site" / "source" / Path(name).parent).is_dir() for name in BENCHMARKS)
     assert "rank_ratio" in (tmp_path / "site" / "api" / "index.html").read_text()
-    assert (tmp_path / "site" / "source" / "tests" / "reference.py.txt").is_file()
+    assert (tmp_path / "site" / "source" / "tests" / "reference" / "rso.py.txt").is_file()
 
 
 def test_every_page_is_in_the_navigation():
