@@ -16,22 +16,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
 
+from cases.comm_cases import full_cases
 from support.environment import prepare
-from support.ranks import run_ranks
+from support.ranks import CaseFailed, Cases, Pools
 
 prepare()
 
 
 def count(ranks: int, only: str) -> dict[str, dict[str, Any]]:
-    """Case name -> measured, predicted and inter-node payload bytes a step."""
+    """Case name -> measured, predicted and inter-node payload bytes a step, or "error"."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks("comm_bytes", Path(folder), ranks, FULL="1", ONLY_ROWS=only)
-        return torch.load(Path(folder) / f"comm_bytes{ranks}.pt", weights_only=False)
+        pools = Pools(Path(folder))
+        cases = Cases(pools, "comm_bytes", ranks)
+        for name in full_cases(ranks):
+            if only in name:
+                try:
+                    found[name] = cases[name]
+                except CaseFailed as failed:
+                    found[name] = {"error": str(failed)}
+        pools.close()
+    return found
 
 
 def row(name: str, got: dict[str, Any]) -> str:

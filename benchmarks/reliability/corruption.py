@@ -34,9 +34,8 @@ LEGITIMATE = ("nothing (control)", "names the intact older checkpoint (legitimat
 
 def attempts(engine: list[str], flips: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     """What became of every damaged copy; see ``tests/workers/corruption.py``."""
-    (folder / "plan.json").write_text(json.dumps({"engine": engine, "flips": flips, "seed": seed}))
-    run_ranks("corruption", folder)
-    results: list[dict[str, Any]] = json.loads((folder / "corruption.json").read_text())
+    plan = json.dumps({"engine": engine, "flips": flips, "seed": seed})
+    results: list[dict[str, Any]] = run_ranks("corruption", plan, folder)[0]
     return results
 
 

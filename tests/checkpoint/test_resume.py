@@ -9,11 +9,10 @@ import torch
 from cases.resume_cases import CHAINS, CROSSINGS, CUTS, SAVE, four_rank_cases, two_rank_cases
 from support.environment import needs
 from support.exhaustive import EXHAUSTIVE, quick
-from support.ranks import Cases
+from support.resumed_runs import Runs
 
 needs("deepspeed")
 
-WORLDS = (1, 2, 4, 1)  # of the parts of a chain
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 TWO, FOUR = two_rank_cases(), four_rank_cases()
 QUICK = {
@@ -27,30 +26,6 @@ QUICK_CROSSINGS = {
     ("zero3", "zero0"), ("ddp", "fsdp2-folded"), ("zero1", "zero3-folded"),
 }  # fmt: skip
 QUICK_CHAINS = {"zero0", "zero1-fsdp2-zero3-ddp", "ddp-zero2-fsdp2-zero1"}
-
-
-class Runs:
-    """What saves and what resumes are never the same processes."""
-
-    def __init__(self, pools):
-        folder = pools.folder_of("resume")
-        self._saving = {n: Cases(pools, "resume", n, "saving", folder) for n in (1, 2, 4)}
-        self._resuming = {n: Cases(pools, "resume", n, "resuming", folder) for n in (1, 2, 4)}
-
-    def saved(self, name):
-        return self._saving[4 if name in FOUR else 2][f"save {name}"]
-
-    def resumed(self, source, target=None):
-        self.saved(source)
-        name = source if target is None else f"{source} -> {target}"
-        return self._resuming[4 if source in FOUR else 2][f"resume {name}"]
-
-    def chain(self, name):
-        """The parts of a run, one after the other, each in other processes than the one before."""
-        return [
-            (self._resuming if part % 2 else self._saving)[world][f"{part} of {name}"]
-            for part, world in enumerate(WORLDS)
-        ]
 
 
 @pytest.fixture(scope="module")
