@@ -18,7 +18,8 @@ usage() {
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 device=${DEVICE:-cuda}
-venv=${RSO_DS_VENV:-$root/.venv}
+venv=${RSO_DS_VENV:-.venv}
+[[ $venv = /* ]] || venv=$root/$venv  # as launch/install.sh takes it
 [ -x "$venv/bin/python" ] && PATH="$(cd "$venv" && pwd)/bin:$PATH"
 export PATH
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"  # this checkout, whichever one the environment was made from
