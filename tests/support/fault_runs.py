@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import sys
 
-from support.train_workspace import ROOT, Workspace
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults
+from support.train_workspace import Workspace
 
 STEPS, SAVE = 24, 5
 ENGINES = {
