@@ -43,7 +43,7 @@ def fingerprint() -> dict[str, Any]:
     found["module hooks"] = [
         len(getattr(module, f"_global_{kind}_hooks")) for kind in ("forward", "forward_pre", "backward")
     ]
-    found["environment"] = sorted(os.environ.items())
+    found["environment"] = dict(os.environ)
     found["folder"] = os.getcwd()
     found["finders"] = [type(finder).__name__ for finder in sys.meta_path]
     return found
@@ -51,4 +51,9 @@ def fingerprint() -> dict[str, Any]:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Names of what is no longer what it was. What came new with a lazy import does not count."""
-    return [name for name, value in before.items() if name in after and after[name] != value]
+    changed = [name for name, value in before.items() if name in after and after[name] != value]
+    if "environment" in changed:
+        changed.remove("environment")
+        pairs = before["environment"].items() ^ after["environment"].items()
+        changed += [f"${name}" for name in sorted({name for name, _ in pairs})]
+    return changed

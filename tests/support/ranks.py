@@ -25,9 +25,8 @@ from support.environment import ROOT
 from support.progress import Progress, StandstillError, wait_until
 
 FRESH = bool(os.environ.get("RSO_DS_TEST_FRESH_RANKS"))
-_IMPORTS = ["deepspeed", "transformers.models.llama.modeling_llama", "rso_ds.recipes.training.command", "support.ranks"]
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(_IMPORTS)
+forks.set_forkserver_preload(["support.preloaded", "support.ranks"])
 _context: Any = multiprocessing.get_context("spawn") if FRESH else forks
 
 
@@ -247,6 +246,7 @@ def _serve(connection: Connection, env: dict[str, str], log: str) -> None:
     dist.init_process_group("gloo")
     deepspeed.init_distributed("gloo", verbose=False)
     groups._clone_world_group()  # DeepSpeed's first engine makes it, and every later one uses it
+    torch.compile(abs)  # sets the compiler's cache folder in the environment
     gc.freeze()  # DeepSpeed collects at every start under ZeRO-3, and would look through all imports each time
     while (request := connection.recv()) is not None:
         worker, case, folder = request
