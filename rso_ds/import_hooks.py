@@ -20,8 +20,9 @@ Action = Callable[[ModuleType], None]
 def after_import(name: str, action: Action) -> None:
     """Call ``action`` with the module ``name``: now if it has been imported, else as soon as it has been executed."""
     _install()
-    if name in sys.modules:
-        action(sys.modules[name])
+    module = sys.modules.get(name)
+    if module is not None:  # None stands there for a module that must not be imported
+        action(module)
     else:
         _finder.actions[name] = action
 
