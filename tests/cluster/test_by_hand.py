@@ -36,6 +36,7 @@ def test_deepspeed_with_a_hostfile(cluster, work, hosts, one_node):
     assert nodes_seen(output) == len(cluster.nodes)
 
 
+@EXHAUSTIVE
 def test_torchrun_on_each_node(cluster, work, hosts, one_node):
     output = work / "by_hand"
     nodes = len(cluster.nodes)

@@ -64,6 +64,7 @@ def test_announced_end_is_requeued_and_ends_the_same(cluster, work, undisturbed,
     assert same_end(output, undisturbed)
 
 
+@EXHAUSTIVE
 def test_a_killed_rank_brings_all_back_within_the_job(cluster, work, undisturbed):
     output = work / "killed"
     job = submit(cluster, work, "tasks", flags(60, output), DOCTOR="0")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.environment import ROOT
+from support.exhaustive import EXHAUSTIVE
 from support.progress import run_command
 
 BENCHMARKS = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").rglob("*.md"))]
@@ -55,7 +56,13 @@ def test_some_commands_are_run():
     assert len(RUN) >= 5
 
 
-@pytest.mark.parametrize("block", RUN, ids=[block.where for block in RUN])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=block.where, marks=() if block.where.startswith("README.md") else EXHAUSTIVE)
+        for block in RUN
+    ],
+)
 def test_command_runs(block, tmp_path):
     for name in ("ds_configs", "launch", "examples", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -83,6 +90,7 @@ def test_links_between_documents_hold(document):
             assert fragment in [anchor(title) for title in titles], f"{target}#{fragment}"
 
 
+@EXHAUSTIVE
 def test_the_site_builds_without_a_warning(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)
