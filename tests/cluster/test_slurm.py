@@ -50,7 +50,8 @@ def undisturbed(cluster, work):
     return output
 
 
-@pytest.mark.parametrize("name", quick(FILES, {"torchrun"}))
+@EXHAUSTIVE
+@pytest.mark.parametrize("name", FILES)
 def test_announced_end_is_requeued_and_ends_the_same(cluster, work, undisturbed, name):
     """What --signal=B:USR1 does before the time limit, at moments of the test's choice, twice."""
     output = work / f"requeued-{name}"

@@ -39,7 +39,7 @@ def run(case: str, _: Path) -> dict[str, Any]:
     engine, *_ = rso_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
     if spec["compiled"]:
         torch._dynamo.reset()  # graphs of other cases would do
-        engine.compile(backend="aot_eager")
+        engine.compile(backend=spec["compiled"])
     engine.train()
     losses, lrs, observed, observer = [], [], [], Observer(engine.rso)
     graphs, graphs_before = [], compiled_graphs()
