@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.environment import ROOT, needs
-from support.exhaustive import EXHAUSTIVE, quick
+from support.exhaustive import EXHAUSTIVE
 from support.traces import remembered_traces
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,7 +80,8 @@ def test_the_text_holds_json_command_and_reasons(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize(("memory", "stage", "hpz"), quick([("40GB", 1, 1), ("20GB", 3, 8)], {("40GB", 1, 1)}))
+@EXHAUSTIVE
+@pytest.mark.parametrize(("memory", "stage", "hpz"), [("40GB", 1, 1), ("20GB", 3, 8)])
 def test_the_other_commands_and_the_main_job_take_the_json_and_agree(capsys, tmp_path, memory, stage, hpz):
     from rso_ds.recipes.training.fill_json import fill, read_json
 
@@ -134,6 +135,7 @@ def needed(capsys, path, candidate):
     return json.loads(capsys.readouterr().out)["accounts"][0]["needed_bytes"]
 
 
+@EXHAUSTIVE
 def test_a_slower_link_never_makes_a_faster_plan_and_changes_it(capsys):
     links = ("1Gbit", "25Gbit", "3.2Tbit")
     found = [plan(capsys, *EXAMPLE, "--gpu-memory", "24GB", "--link", link) for link in links]
@@ -234,6 +236,7 @@ def test_the_default_base_is_the_file_for_a_7b():
     assert DEFAULT_BASE["zero_optimization"] == zero
 
 
+@EXHAUSTIVE
 def test_a_base_keeps_its_rso_block_and_what_it_offloads(capsys):
     flags = (*SMALL, "--gpus", "16", "--gpu-memory", "2GB")
     got = plan(capsys, *flags, "--base", str(ROOT / "ds_configs/rso_offload.json"))
