@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.environment import needs
+from support.train_ranks import run
 from support.train_workspace import ROOT, STEPS, Workspace
 
 from rso_ds.checkpoint.stored_model import StoredModel
@@ -36,7 +37,7 @@ def followed(space):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        done = space.run("followed", "--eval-interval", "0", "--save-interval", str(EVERY), "--keep-last", "0")
+        done = run(space, "followed", "--eval-interval", "0", "--save-interval", str(EVERY), "--keep-last", "0")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         printed, _ = beside.communicate(timeout=240)
     finally:
@@ -62,7 +63,7 @@ def refused(capsys, *arguments):
 
 
 def test_each_checkpoint_has_the_loss_that_the_run_itself_would_have_found(space, followed):
-    done = space.run("alone", "--eval-interval", str(EVERY), "--save-interval", "0")
+    done = run(space, "alone", "--eval-interval", str(EVERY), "--save-interval", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     alone = {m["step"]: m for m in space.metrics("alone")}
     found = {r["step"]: r["val_loss"] for r in evaluations(space.folder / "followed")}

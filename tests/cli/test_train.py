@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 
@@ -106,7 +105,7 @@ def test_resume_continues_to_the_same_weights(space, finished):
     shutil.rmtree(checkpoints / f"step{STEPS}")
     shutil.rmtree(space.folder / "again" / "model")
     (checkpoints / "latest").write_text(f"step{SAVE}")
-    done = space.run("again", "--deepspeed", "ds_configs/rso.json", "--resume", "auto")
+    done = run(space, "again", "--deepspeed", "ds_configs/rso.json", "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
     keys = ("step", "loss", "lr", "val_loss")
     straight, resumed = space.metrics("full"), space.metrics("again")
@@ -142,7 +141,7 @@ def test_zero3_from_a_checkpoint_folder_with_bf16_offload(space, finished):
 
 
 def test_adamw_json_trains_densely_with_the_same_command(space):
-    done = space.run("adamw", "--deepspeed", "ds_configs/adamw.json")
+    done = run(space, "adamw", "--deepspeed", "ds_configs/adamw.json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert space.metrics("adamw")[-1]["val_loss"] < space.metrics("adamw")[0]["val_loss"]
     assert "draw" not in space.metrics("adamw")[-1]
@@ -197,11 +196,8 @@ def test_monitors_of_the_json(space):
     flags += [f"tensorboard.enabled=true|tensorboard.output_path={folder}/board|tensorboard.job_name=run"]
     flags += ["wandb.enabled=true|wandb.project=rso_ds"]
     sets = [x for flag in "|".join(flags).split("|") for x in ("--set", flag)]
-    os.environ["WANDB_MODE"] = "offline"
-    try:
-        done = space.run("monitored", "--sample-tokens", "0", *sets, "--set", "optimizer.params.interval=3")
-    finally:
-        del os.environ["WANDB_MODE"]
+    sets += ["--set", "optimizer.params.interval=3"]
+    done = run(space, "monitored", "--sample-tokens", "0", *sets, WANDB_MODE="offline")
     assert done.returncode == 0, done.stdout + done.stderr
     records = [r for r in space.metrics("monitored") if "loss" in r]
     for key in ("loss", "merge_ratio", "subspace_grad_norm", "draw"):

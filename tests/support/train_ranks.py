@@ -84,10 +84,15 @@ class TrainRanks:
         return "\n".join(log.read_text(errors="replace") for log in logs if log.is_file())
 
 
-def run(space: Workspace, output: str, *flags: str, ranks: int = 2, steps: int = STEPS) -> CompletedProcess[str]:
-    """As ``space.run``, without the launcher: ``stdout`` is all that rank 0 prints, ``stderr`` all of every rank."""
+def run(
+    space: Workspace, output: str, *flags: str, ranks: int = 2, steps: int = STEPS, **env: str
+) -> CompletedProcess[str]:
+    """As ``space.run``, without the launcher, ``env`` added to the environment.
+
+    ``stdout`` is all that rank 0 prints, ``stderr`` all of every rank.
+    """
     argv = space.arguments(output, *flags, steps=steps)
-    started = TrainRanks(argv, space.folder / "logs" / output, ranks)
+    started = TrainRanks(argv, space.folder / "logs" / output, ranks, env)
     codes = started.wait()
     return CompletedProcess(argv, next((code for code in codes if code != 0), 0), started.text(0), started.text())
 
