@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from support.environment import ROOT
+from support.exhaustive import EXHAUSTIVE
 
 BENCHMARK = ROOT / "benchmarks" / "network" / "bandwidth.py"
 METHODS = ["AdamW", "PowerSGD h/16", "AdamW, DenseSubspace h/16", "RSO h/16"]
@@ -40,16 +41,19 @@ def rows(tmp_path_factory):
     return {row["method"]: row for row in json.loads(out.read_text())["rows"]}
 
 
+@EXHAUSTIVE
 def test_all_methods_took_their_steps(rows):
     assert list(rows) == METHODS
     assert all(row["steps"] == STEPS and row["median_s"] > 0 for row in rows.values())
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("method", ["AdamW", "RSO h/16"])
 def test_gradients_are_four_bytes_a_trainable_element(rows, method):
     assert rows[method]["counted_bytes"]["gradient"] == 4 * rows[method]["trainable"]
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("method", METHODS)
 def test_the_wire_carries_what_was_counted(rows, method):
     # With two ranks a ring sends the payload once; headers, acknowledgements and barriers come on top.
@@ -57,10 +61,12 @@ def test_the_wire_carries_what_was_counted(rows, method):
     assert counted < rows[method]["sent_bytes"] < 1.25 * counted
 
 
+@EXHAUSTIVE
 def test_rso_really_sends_less_than_adamw(rows):
     assert rows["RSO h/16"]["sent_bytes"] < rows["AdamW"]["sent_bytes"] / 3
 
 
+@EXHAUSTIVE
 def test_without_tools_it_is_skipped_and_says_why(tmp_path):
     command = [sys.executable, str(BENCHMARK)]
     env = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}

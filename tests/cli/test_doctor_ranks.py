@@ -13,6 +13,7 @@ import time
 
 import pytest
 from support.environment import ROOT
+from support.exhaustive import EXHAUSTIVE
 from support.ranks import run_ranks
 
 
@@ -108,6 +109,7 @@ def test_command_with_equal_ranks():
     assert {row["where"] for row in found["findings"]} == {"all ranks", ""}
 
 
+@EXHAUSTIVE
 def test_command_with_a_rank_that_differs(tmp_path):
     """Both end with status 1, and rank 0 says which rank has what."""
     port = free_port()
@@ -140,6 +142,7 @@ def test_rank_that_never_comes():
     assert "ok software" in text  # the rest of the report is there
 
 
+@EXHAUSTIVE
 def test_rank_with_another_port():
     """Each tells of its own side."""
     ports = free_port(), free_port()
@@ -150,6 +153,7 @@ def test_rank_with_another_port():
     assert "TCP does not connect (Connection refused)" in " ".join(other.split())
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("closes", [False, True])
 def test_port_that_another_program_has(closes):
     """It may be silent, or hang up on what it does not understand."""
@@ -173,6 +177,7 @@ def hang_up(server: socket.socket) -> None:
             server.accept()[0].close()
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("fault", ["os._exit(9)", "time.sleep(1000)"])
 def test_rank_that_dies_or_hangs_after_they_have_met(fault):
     """The other ends with its own report; so does one that hangs, by itself."""

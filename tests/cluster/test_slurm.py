@@ -79,6 +79,7 @@ def test_a_killed_rank_brings_all_back_within_the_job(cluster, work, undisturbed
     assert same_end(output, undisturbed)
 
 
+@EXHAUSTIVE
 def test_a_run_that_cannot_start_is_not_started_again(cluster, work):
     train = [*flags(2, work / "wrong"), "--set", "optimizer.params.rank_ratio=4.0"]
     job = submit(cluster, work, "torchrun", train, DOCTOR="0")

@@ -9,7 +9,11 @@ VOCAB, HIDDEN, LAYERS, SEQ = 64, 32, 2, 16
 
 
 def build(
-    intermediate: int = 86, dtype: torch.dtype = torch.float32, vocab: int = VOCAB, tie: bool = False
+    intermediate: int = 86,
+    dtype: torch.dtype = torch.float32,
+    vocab: int = VOCAB,
+    tie: bool = False,
+    layers: int = LAYERS,
 ) -> LlamaForCausalLM:
     """Grouped-query attention. ``intermediate`` 85 and ``vocab`` 63 do not divide by two ranks."""
     torch.manual_seed(0)
@@ -17,7 +21,7 @@ def build(
         vocab_size=vocab,
         hidden_size=HIDDEN,
         intermediate_size=intermediate,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=SEQ,
@@ -28,10 +32,10 @@ def build(
     return LlamaForCausalLM(config).to(dtype)
 
 
-def groups(skip: str | None = None) -> dict[str, list[str]]:
+def groups(skip: str | None = None, layers: int = LAYERS) -> dict[str, list[str]]:
     """Group name -> layers that share an input; ``skip`` names a layer left dense."""
     found = {}
-    for i in range(LAYERS):
+    for i in range(layers):
         attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         for members in (
             [attn + "q_proj", attn + "k_proj", attn + "v_proj"],
