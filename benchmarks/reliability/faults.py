@@ -90,7 +90,7 @@ class Campaign:
 
     def run(self, kills: int) -> dict[str, Any]:
         reference = Run(self.space, f"zero{self.stage}-undisturbed", self.flags)
-        codes = reference.start().wait(600)
+        codes = reference.start().wait()
         assert codes == [0, 0], codes
         expected, losses = reference.digest(), reference.losses()
         began = time.monotonic()
@@ -126,7 +126,7 @@ class Campaign:
             ranks = run.start()
             last = sum(self.signals.values()) >= kills
             killed = None if last else self._kill(run, ranks)
-            codes = ranks.wait(300 if last else 60)
+            codes = ranks.wait()
             text = ranks.text(0)
             if reached is not None:
                 at = re.search(r"continuing from \S+, after step (\d+)", text)
