@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.environment import needs
+from support.exhaustive import EXHAUSTIVE
 from support.fault_runs import ENGINES, FLAGS, SAVE, STEPS, faults, same, undisturbed_run
 from support.progress import end_of
 from support.train_ranks import TrainRanks
@@ -146,6 +147,7 @@ def test_torchrun_signalled_with_all_its_ranks(space):
 # -- elastic restarts ------------------------------------------------------------------------------------
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_torchrun_restarts_after_a_killed_rank_and_ends_the_same(space, undisturbed, engine):
     run = faults.Run(space, f"elastic-{engine}", [*FLAGS, *ENGINES[engine]])
@@ -260,6 +262,7 @@ def test_a_run_in_which_every_step_is_skipped_ends(space, broken_models, engine)
 # -- the campaign, small --------------------------------------------------------------------------------
 
 
+@EXHAUSTIVE
 def test_kills_at_random_moments_end_bitwise_equal(space):
     result = faults.Campaign(space, 1, 30, 4, random.Random(7)).run(4)
     assert result["kills"] == 4

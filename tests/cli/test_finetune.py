@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.environment import ROOT, needs
+from support.exhaustive import EXHAUSTIVE, quick
 from support.progress import run_command
 from support.train_workspace import free_port
 
@@ -127,6 +128,7 @@ def test_classification_with_rso_on_two_ranks(folder):
     assert got["comm_bytes_per_step"]["gradient"] == pytest.approx(4 * got["trainable_parameters"], rel=0.02)
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_other_methods(folder, method):
     got = results(finetune(folder, method, *CLASSIFY, "--method", method, "--lora_rank", "8"), folder, method)
@@ -135,7 +137,7 @@ def test_other_methods(folder, method):
     assert accuracy(folder / method, folder) > 0.9
 
 
-@pytest.mark.parametrize("form", ["pairs", "chats", "packed"])
+@pytest.mark.parametrize("form", quick(["pairs", "chats", "packed"], {"pairs"}))
 def test_causal(folder, form):
     """The completion follows from the prompt, the prompt's own words are random: only completions can get to 0."""
     flags = {
@@ -175,6 +177,7 @@ def test_deepspeed_zero3(folder):
     assert {"merge_ratio", "subspace_grad_norm", "comm_bytes_per_step"} <= last.keys()
 
 
+@EXHAUSTIVE
 def test_starting_from_a_lora_adapter(folder):
     """The adapter is merged: training starts where the adapted model stands."""
     from peft import LoraConfig, get_peft_model

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.environment import ROOT
+from support.exhaustive import EXHAUSTIVE, quick
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
@@ -25,7 +26,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("argument", ["--dry-run", "results"])
+@pytest.mark.parametrize("argument", quick(["--dry-run", "results"], {"results"}))
 def test_without_a_gpu_it_says_so_and_runs_nothing(argument, tmp_path):
     done = run(str(tmp_path / argument) if argument == "results" else argument)
     assert done.returncode == 2
@@ -60,6 +61,7 @@ def test_a_failed_section_is_named_and_the_others_run(tmp_path):
     assert all(row["median"] > 0 for row in json.loads(rates.read_text())["rows"])
 
 
+@EXHAUSTIVE
 def test_a_case_equals_the_reference(tmp_path):
     out = tmp_path / "equivalence.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "reliability" / "equivalence.py"), "--device", "cpu"]
