@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.exhaustive import EXHAUSTIVE
 from support.progress import end_of
 from support.train_workspace import ROOT, Workspace, free_port
 
@@ -123,6 +124,7 @@ def steps_done(output: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
+@EXHAUSTIVE
 def test_a_pod_that_is_ended_has_saved_and_goes_on_when_started_again(space, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     pod = start(space, output, log)
