@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.environment import ROOT, needs
+from support.exhaustive import quick
 from support.progress import run_command
 from support.train_workspace import free_port
 
@@ -90,7 +91,7 @@ def is_dense(model: Path) -> bool:
         return not any(name.endswith(".B") for name in f.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", quick([2, 3], {3}))
 def test_run_clm(folder, stage):
     """Trains, saves, evaluates; started again it goes on from its own checkpoint. The saved model is as good."""
     from transformers import AutoModelForCausalLM
