@@ -8,5 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh train,test "${RSO_DS_VENV:-.venv}"
 export PATH="$(cd "${RSO_DS_VENV:-.venv}" && pwd)/bin:$PATH"
+# DeepSpeed's operations are compiled for this environment once, before any test waits for them.
+PYTHONPATH=tests python -c "from support.environment import prepare; prepare(); import support.preloaded" > /dev/null
 case " $* " in *" --all "*|*" --part "*) export RSO_DS_TEST_FRESH_RANKS=1 ;; esac
 exec python -m pytest -n 2 "$@"
