@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.environment import needs
+from support.exhaustive import EXHAUSTIVE
 from support.train_ranks import run
 from support.train_workspace import Workspace
 
 from rso_ds.checkpoint.reading import open_model
 from rso_ds.cli import main
 from rso_ds.errors import RSOCheckpointError
+
+pytestmark = EXHAUSTIVE
 
 needs("deepspeed")
 

@@ -70,6 +70,7 @@ def test_the_example(capsys):
     ]
 
 
+@EXHAUSTIVE
 def test_the_text_holds_json_command_and_reasons(capsys):
     main(["plan", *SMALL, "--gpus", "4", "--gpu-memory", "2GB"])
     out = capsys.readouterr().out
@@ -250,6 +251,7 @@ def test_a_base_keeps_its_rso_block_and_what_it_offloads(capsys):
     assert got["deepspeed"]["optimizer"]["params"]["lr"] == "auto"
 
 
+@EXHAUSTIVE
 def test_files_are_written_once_and_the_job_submits_them(capsys, tmp_path):
     out = tmp_path / "a plan"
     flags = (*SMALL, "--gpus", "2", "--gpu-memory", "2GB", "--global-batch", "8", "--out", str(out))

@@ -8,7 +8,8 @@ from support.exhaustive import EXHAUSTIVE
 from virtual_cluster import unavailable
 
 WHY_NOT = unavailable("sshd", "ssh-keygen", "pdsh", "mpirun")
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+# Every job starts torch and DeepSpeed four times.
+pytestmark = [EXHAUSTIVE, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,6 @@ def environment(work):
     return {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(work), "PATH": path}
 
 
-@EXHAUSTIVE
 def test_deepspeed_with_a_hostfile(cluster, work, hosts, one_node):
     output = work / "hostfile"
     # What DeepSpeed exports to the nodes beside NCCL_*, PYTHON*, UCX_*, MV2_* and MLFLOW_*.
@@ -36,7 +36,6 @@ def test_deepspeed_with_a_hostfile(cluster, work, hosts, one_node):
     assert nodes_seen(output) == len(cluster.nodes)
 
 
-@EXHAUSTIVE
 def test_torchrun_on_each_node(cluster, work, hosts, one_node):
     output = work / "by_hand"
     nodes = len(cluster.nodes)
@@ -49,7 +48,6 @@ def test_torchrun_on_each_node(cluster, work, hosts, one_node):
     assert nodes_seen(output) == len(cluster.nodes)
 
 
-@EXHAUSTIVE
 def test_mpirun_over_ssh(cluster, work, hosts, one_node):
     output = work / "mpirun"
     exported = [f for key in environment(work) for f in ("-x", key)]

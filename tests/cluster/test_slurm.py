@@ -21,14 +21,15 @@ from jobs import (
     wait_for_step,
     wait_until_restarted,
 )
-from support.exhaustive import EXHAUSTIVE, quick
+from support.exhaustive import EXHAUSTIVE
 from virtual_cluster import unavailable
 
 WHY_NOT = unavailable()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+# Every job starts torch and DeepSpeed four times.
+pytestmark = [EXHAUSTIVE, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 
-@pytest.mark.parametrize("name", quick(FILES, {"torchrun"}))
+@pytest.mark.parametrize("name", FILES)
 def test_nodes_train_as_one(cluster, work, one_node, name):
     output = work / name
     job = submit(cluster, work, name, flags(6, output))
@@ -50,7 +51,6 @@ def undisturbed(cluster, work):
     return output
 
 
-@EXHAUSTIVE
 @pytest.mark.parametrize("name", FILES)
 def test_announced_end_is_requeued_and_ends_the_same(cluster, work, undisturbed, name):
     """What --signal=B:USR1 does before the time limit, at moments of the test's choice, twice."""
@@ -65,7 +65,6 @@ def test_announced_end_is_requeued_and_ends_the_same(cluster, work, undisturbed,
     assert same_end(output, undisturbed)
 
 
-@EXHAUSTIVE
 def test_a_killed_rank_brings_all_back_within_the_job(cluster, work, undisturbed):
     output = work / "killed"
     job = submit(cluster, work, "tasks", flags(60, output), DOCTOR="0")
@@ -79,7 +78,6 @@ def test_a_killed_rank_brings_all_back_within_the_job(cluster, work, undisturbed
     assert same_end(output, undisturbed)
 
 
-@EXHAUSTIVE
 def test_a_run_that_cannot_start_is_not_started_again(cluster, work):
     train = [*flags(2, work / "wrong"), "--set", "optimizer.params.rank_ratio=4.0"]
     job = submit(cluster, work, "torchrun", train, DOCTOR="0")
@@ -91,7 +89,6 @@ def test_a_run_that_cannot_start_is_not_started_again(cluster, work):
     assert "(attempt 1)" not in said
 
 
-@EXHAUSTIVE
 @pytest.mark.skipif(NODES != 2, reason="one replica a node: two nodes")
 def test_hsdp_sends_between_nodes_what_is_counted_as_such(cluster, work):
     """By the interface's own count, in a step: the gradients of what trains, a half from each rank of a node."""
@@ -109,7 +106,6 @@ def test_hsdp_sends_between_nodes_what_is_counted_as_such(cluster, work):
     assert (measured[40] - measured[10]) / 30 == pytest.approx((counted[40] - counted[10]) / 30, rel=0.04)
 
 
-@EXHAUSTIVE
 def test_a_node_set_down_brings_the_job_back(cluster, work, undisturbed):
     output = work / "down"
     job = submit(cluster, work, "torchrun", flags(60, output), DOCTOR="0")
@@ -123,7 +119,6 @@ def test_a_node_set_down_brings_the_job_back(cluster, work, undisturbed):
     assert same_end(output, undisturbed)
 
 
-@EXHAUSTIVE
 def test_a_sweep_runs_a_line_each(cluster, work):
     (work / "sweep.txt").write_text("--learning-rate 2e-3\n--learning-rate 1e-3\n")
     arguments = ["--array=1-2", "--nodes=1", "--gpus-per-node=2", "launch/slurm/sweep.sbatch", *RUN.split()]

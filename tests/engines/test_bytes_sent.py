@@ -28,8 +28,7 @@ QUICK = {(2, name) for name in (
     "zero1-gas2", "zero2-gas2", "zero2-folded", "zero3-folded", "zero3-choice", "zero2-overlap", "zero3-overlap",
     "ddp-overlap", "fsdp2-overlap", "zero2-bf16", "zero3-twice-checkpointing", "zero1-bf16-masters", "ddp-bf16-masters",
 )} | {(4, name) for name in (
-    "zero0-rso", "zero1-rso", "zero2-rso", "zero3-rso", "fsdp2-rso", "hsdp-rso", "hsdp-local", "zero3-hpz-rso",
-    "zero3-hpz-adamw", "zero3-hpz-folded",
+    "fsdp2-rso", "hsdp-rso", "hsdp-local", "zero3-hpz-rso", "zero3-hpz-adamw",
 )}  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.environment import ROOT, needs
-from support.exhaustive import quick
+from support.exhaustive import EXHAUSTIVE, quick
 from support.progress import run_command
 from support.train_workspace import free_port
 
@@ -34,7 +34,8 @@ def learns(output: str) -> None:
     assert re.findall(r"subspace (\d+)", output) == ["1", "2", "3", "4"]
 
 
-@pytest.mark.parametrize("stage", quick([2, 3], {3}))
+@EXHAUSTIVE
+@pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_loop(tmp_path, stage):
     pytest.importorskip("deepspeed")
     from transformers import AutoModelForCausalLM
@@ -45,7 +46,7 @@ def test_deepspeed_loop(tmp_path, stage):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 64
 
 
-@pytest.mark.parametrize("engine", quick(["none", "ddp", "fsdp2"], {"none", "fsdp2"}))
+@pytest.mark.parametrize("engine", quick(["none", "ddp", "fsdp2"], {"none"}))
 def test_torch_ranks(engine):
     ranks = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
     launcher = [sys.executable] if engine == "none" else ranks

@@ -149,7 +149,10 @@ sys.exit({code})
 """
 
 
-@pytest.mark.parametrize(("code", "status"), [("0", 0), ("", 0), ("3", 3), ("'a message'", 1)])
+ENDS = [("0", 0), ("", 0), ("3", 3), ("'a message'", 1)]
+
+
+@pytest.mark.parametrize(("code", "status"), quick(ENDS, {ENDS[0], ENDS[3]}))
 def test_how_a_program_ends(tmp_path, code, status):
     """Exit functions and threads have their turn; what goes wrong after them is not the finished program's fault."""
     text = END.format(code=code) if status == 0 else END.format(code=code).replace("os.abort()", "pass")
