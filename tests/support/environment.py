@@ -2,14 +2,17 @@
 
 import importlib.util
 import os
+import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Builds of DeepSpeed's ops are kept between runs, in a folder of the tests' own.
-EXTENSIONS = Path(tempfile.gettempdir()) / f"rso_ds_test_extensions_{os.getuid()}"
+# Builds of DeepSpeed's ops are kept between runs, in a folder of the tests' own for each environment: two that share
+# one would build anew at every turn, and wait for each other's locks.
+EXTENSIONS = Path(tempfile.gettempdir()) / f"rso_ds_test_extensions_{os.getuid()}_{zlib.crc32(sys.prefix.encode()):08x}"
 
 
 def prepare() -> None:
