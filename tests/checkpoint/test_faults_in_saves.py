@@ -9,6 +9,7 @@ import time
 
 import pytest
 from support.environment import needs
+from support.exhaustive import EXHAUSTIVE
 from support.fault_runs import ENGINES, FLAGS, SAVE, copied, faults, same, undisturbed_run
 from support.train_ranks import TrainRanks
 from support.train_workspace import Workspace
@@ -73,6 +74,7 @@ def test_a_file_system_that_takes_no_more(space, undisturbed, half):
     assert f"after step {2 * SAVE}" in resumed(run, undisturbed["ddp"])
 
 
+@EXHAUSTIVE
 def test_a_full_disk(space, undisturbed, half):
     run = faults.Run(space, "disk-full", half.own)
     checkpoints = run.output / "checkpoints"

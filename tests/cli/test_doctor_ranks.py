@@ -130,6 +130,7 @@ def test_command_with_a_rank_that_differs(tmp_path):
     assert "2 failed" in text
 
 
+@EXHAUSTIVE
 def test_rank_that_never_comes():
     began = time.monotonic()
     port = free_port()

@@ -128,6 +128,7 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@EXHAUSTIVE
 def test_torchrun_signalled_with_all_its_ranks(space):
     """As SLURM ends a step: torchrun passes on the SIGTERM that its ranks have got already."""
     run = faults.Run(space, "torchrun", [*FLAGS, *ENGINES["ddp"], "--max-steps", "100000"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.environment import needs
-from support.exhaustive import quick
+from support.exhaustive import EXHAUSTIVE, quick
 from support.progress import end_of
 from support.train_ranks import run
 from support.train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
@@ -170,7 +170,8 @@ def test_bad_flags(space, flags, message):
 LOST = [("ddp", signal.SIGKILL), ("deepspeed", signal.SIGSTOP)]
 
 
-@pytest.mark.parametrize(("engine", "how"), quick(LOST, {LOST[0]}))
+@EXHAUSTIVE
+@pytest.mark.parametrize(("engine", "how"), LOST)
 def test_a_lost_rank_ends_the_others_with_one_message(space, tmp_path, engine, how):
     """Ranks are started without a launcher, which would end the others before they can say anything."""
     command = [sys.executable, "launch/train.py", *BASE, "--engine", engine, "--timeout", "15", "--max-steps", "100000"]

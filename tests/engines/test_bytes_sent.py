@@ -23,10 +23,10 @@ def results(pools):
 
 
 QUICK = {(2, name) for name in (
-    "zero0-rso", "zero1-rso", "zero2-rso", "zero3-rso", "ddp-rso", "fsdp2-rso", "zero2-adamw", "zero2-rso-h16-tokens",
-    "zero3-rso-h16-tokens", "fsdp20-rso-h16-tokens", "ddp-lora", "ddp-powersgd", "ddp-local", "ddp-gas2", "fsdp2-gas2",
-    "zero1-gas2", "zero2-gas2", "zero2-folded", "zero3-folded", "zero3-choice", "zero2-overlap", "zero3-overlap",
-    "ddp-overlap", "fsdp2-overlap", "zero2-bf16", "zero3-twice-checkpointing", "zero1-bf16-masters", "ddp-bf16-masters",
+    "zero0-rso", "zero1-rso", "zero2-rso", "zero3-rso", "ddp-rso", "fsdp2-rso", "zero2-rso-h16-tokens",
+    "fsdp20-rso-h16-tokens", "ddp-lora", "ddp-local", "ddp-gas2", "fsdp2-gas2",
+    "zero2-gas2", "zero2-folded", "zero2-overlap", "zero3-overlap",
+    "ddp-overlap", "fsdp2-overlap", "zero1-bf16-masters", "ddp-bf16-masters",
 )} | {(4, name) for name in (
     "fsdp2-rso", "hsdp-rso", "hsdp-local", "zero3-hpz-rso", "zero3-hpz-adamw",
 )}  # fmt: skip

@@ -53,6 +53,7 @@ def test_torch_ranks(engine):
     learns(start(*launcher, str(EXAMPLES / "torch_ranks.py"), "--engine", engine))
 
 
+@EXHAUSTIVE
 def test_what_it_saves(tmp_path):
     output = start(sys.executable, str(EXAMPLES / "what_it_saves.py"), "--output", str(tmp_path / "model"))
     dense, ours = re.findall(r"kept for backward +([\d.]+) MiB +trained +([\d,]+)", output)

@@ -248,6 +248,7 @@ def _serve(connection: Connection, env: dict[str, str], log: str) -> None:
     groups._clone_world_group()  # DeepSpeed's first engine makes it, and every later one uses it
     torch.compile(abs)  # sets the compiler's cache folder in the environment
     gc.freeze()  # DeepSpeed collects at every start under ZeRO-3, and would look through all imports each time
+    linear = torch.nn.functional.linear
     while (request := connection.recv()) is not None:
         worker, case, folder = request
         print("CASE", worker, case, flush=True)
@@ -257,6 +258,7 @@ def _serve(connection: Connection, env: dict[str, str], log: str) -> None:
         try:
             reply = {"result": module.run(case, Path(folder))}
             gc.collect()
+            torch.nn.functional.linear = linear  # DeepSpeed leaves its own there after every run of ZeRO-3
             reply["left"] = differences(before, fingerprint())
         except Exception:
             traceback.print_exc()

@@ -113,6 +113,7 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(Path(d).name for d in DOCUMENTS if d.startswith("docs/"))
 
 
+@EXHAUSTIVE
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     script = ROOT / "docs" / "figures" / "draw.py"

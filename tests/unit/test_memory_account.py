@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.environment import ROOT
-from support.exhaustive import quick
+from support.exhaustive import EXHAUSTIVE, quick
 from support.traces import remembered_traces
 
 import rso_ds
@@ -161,7 +161,7 @@ def test_every_method_counts_embedding_and_head(tie):
         assert after.device["solver state"] - before.device["solver state"] == 8 * expected, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16], {torch.float32}))
 @pytest.mark.parametrize("shape", quick(["llama-9m", "llama-60m", "llama-130m"], {"llama-9m"}))
 def test_model_against_measurement(shape, dtype):
     """Kept bytes exactly; the moment's peak within 5 % (the real run frees and allocates in its own order)."""
@@ -252,6 +252,7 @@ def traced_once():
 SEVEN = ["memory", "--deepspeed", str(ROOT / "ds_configs/rso_7b_zero3.json"), "--model", "llama-7b"]
 
 
+@EXHAUSTIVE
 def test_command_compares_and_draws(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     main([*SEVEN, "--compare", "--json", "--plot", str(tmp_path / "out.png")])
@@ -270,6 +271,7 @@ def test_command_compares_and_draws(capsys, tmp_path):
     assert "block inputs" in table
 
 
+@EXHAUSTIVE
 def test_the_largest_sizes_fit_and_larger_ones_do_not():
     config = llama_config("llama-350m")
     engine = Engine.from_json({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, 8)
@@ -332,6 +334,7 @@ def test_sequences_beyond_learned_positions_are_refused(tmp_path):
         main([*SEVEN[:3], "--model", str(tmp_path), "--seq-len", "256"])
 
 
+@EXHAUSTIVE
 def test_every_shape_has_an_account():
     engine = Engine.from_json({"bf16": {"enabled": True}}, 8)
     for shape in LLAMA_SHAPES:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from support.environment import ROOT
+from support.exhaustive import EXHAUSTIVE
 
 from rso_ds import RSOConfig
 from rso_ds.cli import main
@@ -19,6 +20,7 @@ def test_import_needs_torch_only():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@EXHAUSTIVE
 def test_the_commands_need_no_deepspeed():
     """The account is for the laptop on which nothing will train."""
     code = "import sys; sys.modules['deepspeed'] = None; from rso_ds.cli import main; main(sys.argv[1:])"

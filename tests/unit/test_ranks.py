@@ -18,7 +18,7 @@ def test_a_case_that_leaves_something_has_its_ranks_replaced(pools):
     if ranks.FRESH:
         pytest.skip("ranks of their own for each worker are not replaced")
     (why,) = pools.replaced[before:]
-    assert why == "misbehaving leave changed $RSO_DS_LEFT_BEHIND, torch.nn.functional.linear"
+    assert why == "misbehaving leave changed $RSO_DS_LEFT_BEHIND, torch.nn.functional.relu"
     assert pools.run("misbehaving", "look", 2) == [True, True]
 
 

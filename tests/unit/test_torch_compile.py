@@ -7,6 +7,7 @@ test_exact_savings.py. Under DDP, FSDP2 and ZeRO: the ``compiled`` cases of torc
 import pytest
 import torch
 from support import tiny_llama
+from support.exhaustive import EXHAUSTIVE, quick
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rso_ds
@@ -32,7 +33,7 @@ def train(compiled, **options):
     return losses
 
 
-@pytest.mark.parametrize("sampler", ["haar", "coordinate"])
+@pytest.mark.parametrize("sampler", quick(["haar", "coordinate"], {"haar"}))
 @pytest.mark.parametrize(("form", "lean"), [("two_path", "all"), ("folded", "all"), ("folded", "none")])
 def test_whole_model_is_one_graph(form, sampler, lean):
     options = {"form": form, "sampler": sampler, "lean": lean}
@@ -57,6 +58,7 @@ def test_blocks_share_one_graph():
     assert counter.frame_count == 1
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize("form", ["two_path", "folded"])
 def test_inductor(form):
     torch._dynamo.reset()
