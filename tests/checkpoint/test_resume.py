@@ -16,7 +16,8 @@ needs("deepspeed")
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 TWO, FOUR = two_rank_cases(), four_rank_cases()
 QUICK = {
-    "zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2", "hsdp", "zero0-bf16-masters", "zero1-background",
+    "zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2", "hsdp", "zero3-dropout", "ddp-dropout", "zero0-bf16-masters",
+    "zero1-background",
     "zero1-offload", "zero2-bf16-folded", "zero3-offload_param", "zero3-background",
     "zero3-tokens-project", "ddp-background", "ddp-local", "fsdp2-background", "fsdp2-tokens-project", "fsdp2-bf16",
     "hsdp-local",

@@ -13,6 +13,7 @@ from rso_ds.boundary import Boundary
 from rso_ds.checkpoint import Checkpointer, TrainingState, dense_state_dict
 from rso_ds.checkpoint.folder import write_text
 from rso_ds.comm.outcome import agreed, rank_of
+from rso_ds.engines.deepspeed.pending import PendingGradients
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layout import Layout
 
@@ -29,7 +30,7 @@ def hook_checkpoints(engine: Any, layout: Layout, boundary: Boundary) -> Checkpo
     own: dict[str, Any] = {"engine": _Counters(engine), "loss_scale": _LossScale(engine)}
     extras = {} if engine.lr_scheduler is None else {"scheduler": engine.lr_scheduler}
     state = TrainingState(engine.module, layout, boundary)
-    checkpoints = Checkpointer(state, extras, own, lambda: refuse_between_micro_batches(engine))
+    checkpoints = Checkpointer(state, extras, own, PendingGradients(engine).refuse)
 
     def save_checkpoint(
         save_dir: Any,
@@ -112,33 +113,28 @@ def hook_dense_saves(engine: Any) -> None:
             module.register_state_dict_post_hook(dense)
 
 
-def refuse_between_micro_batches(engine: Any) -> None:
-    """Raise ``RSOUnsupportedError`` if gradients are being accumulated: no engine saves those."""
-    accumulation = engine.gradient_accumulation_steps()
-    if engine.micro_steps % accumulation:
-        raise RSOUnsupportedError(
-            f"{engine.micro_steps % accumulation} of {accumulation} micro batches have come in, and gradients are not"
-            " saved: save after the step that they make up."
-        )
-
-
 class _Counters:
-    """DeepSpeed's own counts, which its logs and schedules follow."""
+    """DeepSpeed's own counts, which its logs, schedules and the ends of its accumulations follow."""
 
-    _NAMES = ("global_steps", "global_samples")
+    _NAMES = ("global_steps", "global_samples", "micro_steps")
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self._engine, name) for name in self._NAMES}
+        counts = {name: getattr(self._engine, name) for name in self._NAMES}
+        return counts | {"gradient_accumulation_steps": self._engine.gradient_accumulation_steps()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         engine = self._engine
         engine.skipped_steps = engine.rso.skipped_steps
         engine.global_steps = state.get("global_steps", engine.rso.applied_steps)
         engine.global_samples = state.get("global_samples", engine.global_steps * engine.train_batch_size())
-        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        # DeepSpeed counts calls of step, and programs differ in how often they call it: see PendingGradients.
+        here = engine.gradient_accumulation_steps()
+        there = state.get("gradient_accumulation_steps", here)
+        micro_steps = state.get("micro_steps", engine.global_steps * here)
+        engine.micro_steps = micro_steps if here == there else micro_steps // there * here
 
 
 class _LossScale:
