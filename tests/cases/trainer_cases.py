@@ -12,6 +12,14 @@ from torch.utils.data import Dataset
 STEPS, WARMUP, SAVE_AT = 13, 2, 7
 LR = RSO_DEFAULTS["lr"]
 
+ACCUMULATED_BATCHES = 19  # of a rank in an epoch: a multiple of none of the accumulations below
+
+
+def accumulated_cases(loop: str) -> dict[tuple[str, int], str]:
+    """(engine, accumulation) -> name of the case in which ``loop`` saves between accumulations."""
+    pairs = [(engine, n) for engine in ("zero0", "zero2", "zero3") for n in (2, 3, 8)]
+    return {(engine, n): f"accumulated-{loop}-{engine}-{n}" for engine, n in pairs}
+
 
 class Tokens(Dataset):
     """What ``tiny_llama.tokens`` gives for ``steps`` steps of ``batch`` sequences, one after the other."""

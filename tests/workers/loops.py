@@ -11,7 +11,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DummyOptim, DummyScheduler
 from cases.deepspeed_cases import MICRO, RSO_DEFAULTS
-from cases.trainer_cases import LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, arguments, deepspeed_json
+from cases.trainer_cases import ACCUMULATED_BATCHES, LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, accumulated_cases, arguments, deepspeed_json
 from support import tiny_llama
 from torch.utils.data import DataLoader, Subset
 
@@ -36,16 +36,17 @@ def mean_over_ranks(losses):
     return (total / dist.get_world_size()).tolist()
 
 
-def accelerate_parts(stage):
+def accelerate_parts(stage, accumulation=1, batches=STEPS):
     """What a program that knows Accelerate, and of RSO only the JSON, prepares."""
     config = deepspeed_json(stage)
+    config["gradient_accumulation_steps"] = accumulation
     config["optimizer"]["params"]["eps"] = RSO_DEFAULTS["eps"]
     config["optimizer"]["params"]["betas"] = [0.9, 0.999]
     config["gradient_clipping"] = 0.5
     PartialState(cpu=True, backend="gloo")  # else Accelerate counts one process where there is no GPU
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     model = tiny_llama.build()
-    loader = DataLoader(Tokens(STEPS, MICRO * accelerator.num_processes), batch_size=MICRO)
+    loader = DataLoader(Tokens(batches, MICRO * accelerator.num_processes), batch_size=MICRO)
     optimizer = DummyOptim(model.parameters(), lr=LR, weight_decay=0.0)
     schedule = DummyScheduler(optimizer, lr_scheduler_callable=lambda o: torch.optim.lr_scheduler.LambdaLR(o, rate))
     return accelerator, *accelerator.prepare(model, optimizer, loader, schedule)
@@ -95,6 +96,42 @@ def accelerate_deepspeed(stage):
     return {"losses": losses, "weights": weights, "again": again, "resumed": resumed}
 
 
+def accelerate_accumulated(stage, accumulation, name):
+    """One epoch whose last accumulation is short, saved after every step; then on from the middle of it."""
+
+    def epoch(skip=0):
+        parts = accelerate_parts(stage, accumulation, ACCUMULATED_BATCHES)
+        accelerator, model, optimizer, loader, schedule = parts
+        losses, refused = [], None
+        if skip:
+            accelerator.load_state(OUT / name / str(skip))
+            loader = accelerator.skip_first_batches(loader, skip)
+        for i, batch in enumerate(loader, skip + 1):
+            with accelerator.accumulate(model):
+                loss = model(**batch, use_cache=False).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            if accelerator.sync_gradients:
+                accelerator.save_state(OUT / name / str(i))
+            elif refused is None:
+                try:
+                    accelerator.save_state(OUT / name / "refused")
+                except rso_ds.RSOUnsupportedError as error:
+                    refused = str(error)
+        weights, applied = dense_state_dict(model.module), model.rso.applied_steps
+        model.destroy()
+        forget()
+        return {"losses": losses, "weights": weights, "refused": refused, "applied": applied}
+
+    middle = ACCUMULATED_BATCHES // 2 // accumulation * accumulation
+    straight, resumed = epoch(), epoch(middle)
+    straight["losses"] = straight["losses"][middle:]
+    return {"straight": straight, "resumed": resumed}
+
+
 def accelerate_ddp():
     accelerator = Accelerator(cpu=True)
     config = rso_ds.RSOConfig(lr=LR, eps=RSO_DEFAULTS["eps"], **RSO_KEYS)
@@ -110,7 +147,7 @@ def accelerate_ddp():
     return {"losses": losses, "weights": weights}
 
 
-def sft(engine):
+def sft(engine, name=None, resume_from=None, rows=None, **more_options):
     """TRL's trainer over ready token ids; the same steps as Hugging Face's."""
     import datasets
     from torch.utils.data import SequentialSampler
@@ -128,19 +165,19 @@ def sft(engine):
     if engine == "ddp":
         kind, more = with_rso(InOrder), {"rso": RSO_KEYS}
     else:
-        more["args"] = {"deepspeed": deepspeed_json(2)}
-    extra = more.pop("args", {})
+        more["args"] = {"deepspeed": deepspeed_json(int(engine.removeprefix("zero")))}
+    extra = {**more.pop("args", {}), **more_options}
     options = arguments(weight_decay=0.0, gradient_checkpointing=False, **extra)
-    rows = Tokens(STEPS, MICRO * dist.get_world_size()).ids.tolist()
+    rows = (Tokens(STEPS, MICRO * dist.get_world_size()) if rows is None else rows).ids.tolist()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(OUT / "tokenizer.json"), eos_token="0", pad_token="1")
     trainer = kind(
         model=tiny_llama.build(),
-        args=SFTConfig(str(OUT / f"sft-{engine}"), **options),
+        args=SFTConfig(str(OUT / (name or f"sft-{engine}")), **options),
         train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
         processing_class=tokenizer,
         **more,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     weights = dense_state_dict(trainer.accelerator.unwrap_model(trainer.model))
@@ -149,6 +186,22 @@ def sft(engine):
     unset_hf_deepspeed_config()
     forget()
     return {"losses": losses, "weights": weights}
+
+
+def sft_accumulated(engine, accumulation, name):
+    """Two epochs whose last accumulation is short, saved at every step; then on from the middle of the second."""
+    steps = -(-ACCUMULATED_BATCHES // accumulation)
+    options = {
+        "rows": Tokens(1, ACCUMULATED_BATCHES * MICRO * dist.get_world_size()),
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    straight = sft(engine, name, **options)
+    again = sft(engine, f"{name}-again", str(OUT / name / f"checkpoint-{steps + steps // 2}"), **options)
+    return {"straight": straight, "resumed": again}
 
 
 def write_tokenizer():
@@ -221,6 +274,10 @@ WORK: dict[str, Any] = {f"accelerate-zero{stage}": (accelerate_deepspeed, stage)
 WORK["accelerate-ddp"] = (accelerate_ddp,)
 WORK["sft-zero2"] = (sft, "zero2")
 WORK["sft-ddp"] = (sft, "ddp")
+for (engine, accumulation), name in accumulated_cases("accelerate").items():
+    WORK[name] = (accelerate_accumulated, int(engine.removeprefix("zero")), accumulation, name)
+for (engine, accumulation), name in accumulated_cases("sft").items():
+    WORK[name] = (sft_accumulated, engine, accumulation, name)
 WORK["lightning-zero2"] = (lightning, 2)
 WORK["lightning-zero3"] = (lightning, 3)
 

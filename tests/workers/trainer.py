@@ -12,11 +12,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from cases.deepspeed_cases import MICRO
 from cases.trainer_cases import (
+    ACCUMULATED_BATCHES,
     ENGINES,
     RSO_KEYS,
     SAVE_AT,
     STEPS,
     Tokens,
+    accumulated_cases,
     arguments,
     cases,
     deepspeed_json,
@@ -136,6 +138,22 @@ def resume(spec):
     return {"straight": straight, "saved": saved, "resumed": result_of(second)}
 
 
+def accumulated(spec):
+    """Two epochs whose last accumulation is short, saved at every step; then on from the middle of the second."""
+    name, steps = spec["name"], -(-ACCUMULATED_BATCHES // spec["accumulation"])
+    options = {"gradient_accumulation_steps": spec["accumulation"], "num_train_epochs": 2, "max_steps": -1}
+
+    def run(name, resume_from=None):
+        trainer = trainer_of(spec, name, save_strategy="steps", save_steps=1, **options)
+        trainer.train_dataset = Tokens(1, ACCUMULATED_BATCHES * MICRO * dist.get_world_size())
+        trainer.train(resume_from_checkpoint=resume_from)
+        return result_of(trainer)
+
+    straight = run(name)
+    again = run(f"{name}-again", str(OUT / name / f"checkpoint-{steps + steps // 2}"))
+    return {"straight": straight, "resumed": again}
+
+
 def best(spec):
     """The evaluation loss is best in the middle: from there on the learning rate is absurd."""
     options = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
@@ -157,7 +175,8 @@ def best(spec):
 
 
 def dispatch(spec):
-    return {"train": train, "resume": resume, "best": best}[spec.get("do", "train")](spec)
+    kinds = {"train": train, "resume": resume, "best": best, "accumulated": accumulated}
+    return kinds[spec.get("do", "train")](spec)
 
 
 WORK: dict[str, dict[str, Any]] = dict(cases())
@@ -166,6 +185,8 @@ for engine, spec in ENGINES.items():
     WORK[f"resume-{engine}"] = {**spec, "do": "resume", "rso": resume_rso, "name": f"resume-{engine}"}
 for engine in ("zero2", "zero3", "ddp", "fsdp2"):
     WORK[f"best-{engine}"] = {**ENGINES[engine], "do": "best", "name": f"best-{engine}"}
+for (engine, accumulation), name in accumulated_cases("trainer").items():
+    WORK[name] = {**ENGINES[engine], "do": "accumulated", "accumulation": accumulation, "name": name}
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:
