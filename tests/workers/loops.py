@@ -11,7 +11,17 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DummyOptim, DummyScheduler
 from cases.deepspeed_cases import MICRO, RSO_DEFAULTS
-from cases.trainer_cases import ACCUMULATED_BATCHES, LR, RSO_KEYS, SAVE_AT, STEPS, Tokens, accumulated_cases, arguments, deepspeed_json
+from cases.trainer_cases import (
+    ACCUMULATED_BATCHES,
+    LR,
+    RSO_KEYS,
+    SAVE_AT,
+    STEPS,
+    Tokens,
+    accumulated_cases,
+    arguments,
+    deepspeed_json,
+)
 from support import tiny_llama
 from torch.utils.data import DataLoader, Subset
 
