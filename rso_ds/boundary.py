@@ -26,7 +26,9 @@ import torch
 from rso_ds.comm.counter import install as traffic
 from rso_ds.comm.replicas import check_replicas
 from rso_ds.config import RSOConfig
+from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers.base import SubspaceLayer
+from rso_ds.layers.partitioned import local_part
 from rso_ds.layout import Layout
 from rso_ds.solvers.carry_over import CARRY_OVER, rotation
 from rso_ds.solvers.cut_rows import carry_over_, collect_cut_rows
@@ -152,6 +154,22 @@ class Boundary:
                 self.layout.average()
                 self.layout.end()
 
+    @torch.no_grad()
+    def follow_loads(self) -> None:
+        """Before a step: where ``load_state_dict`` of the model has replaced W, B and its masters start at zero and
+        fp32 copies of W anew. Raises ``RSOCheckpointError`` for a B that came without its optimizer's state."""
+        for name, layer in self.layers.items():
+            if layer.was_loaded == "raw" and bool(local_part(layer.B).any()):
+                raise RSOCheckpointError(
+                    f"the state dict of the model had a B for layer '{name}', and nothing says of which subspace: load"
+                    " the optimizer's state that was saved with it too."
+                )
+            if layer.was_loaded:
+                self._zero(layer)
+                if self.layout.weight_masters is not None:
+                    self.layout.weight_masters.rows.pop(name, None)
+                layer.was_loaded = ""
+
     def materialize(self) -> None:
         """Draw the current P of every group, so that no forward pass has to."""
         for layer in self.layers.values():
@@ -180,6 +198,8 @@ class Boundary:
         self.draw = int(state["draw"])
         self.skipped_steps = int(state["skipped_steps"])
         self._decay = [float(d) for d in state["decay"]]
+        for layer in self.layers.values():
+            layer.was_loaded = ""
         for subspace in self.subspaces:
             subspace.move_to(self.draw)
         self.materialize()

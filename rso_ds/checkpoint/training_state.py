@@ -119,6 +119,8 @@ class TrainingState:
 
     def pieces(self) -> dict[str, Piece]:
         """Everything that this rank has to save, as live memory. Call it ``at_rest``, between optimizer steps."""
+        if self.boundary is not None:
+            self.boundary.follow_loads()
         found: dict[str, Piece] = {}
         holds = self.layout.holds()
         for name, param in self.module.named_parameters():

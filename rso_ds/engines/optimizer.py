@@ -17,12 +17,15 @@ from rso_ds.checkpoint import Checkpointer, TrainingState
 from rso_ds.checkpoint.boundary_state import check_boundary_state
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
+from rso_ds.comm.outcome import agreed
 from rso_ds.config import RSOConfig
 from rso_ds.engines.ddp import replicated_layout
 from rso_ds.engines.fsdp2 import FSDPLayout, is_sharded, refuse_fsdp1
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.layers.form import settle_form
+from rso_ds.layers.partitioned import local_part
+from rso_ds.layers.start import begin_run
 from rso_ds.layout import Layout
 from rso_ds.solvers.build import build_solver
 from rso_ds.solvers.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
@@ -79,6 +82,7 @@ class RSO(torch.optim.Optimizer):
         """Find where ``model``, in its wrapper by now, keeps W and B, and draw the first subspaces."""
         bare, config = self._bare, self._config
         layers = dict(rso_layers(bare))
+        agreed(lambda: begin_run(bare, layers), kind=RSOConversionError)
         decays, where = layer_groups(layers, self.param_groups)
         self._layout: Layout
         if is_sharded(model):
@@ -108,6 +112,7 @@ class RSO(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._layout.begin_step()
+        self.boundary.follow_loads()
         lrs = [float(group["lr"]) for group in self.param_groups]
         self.step_was_applied = self._layout.finite(p for group in self.param_groups for p in group["params"])
         if self.step_was_applied:
@@ -138,7 +143,13 @@ class RSO(torch.optim.Optimizer):
         self.param_groups, self.state = self.solver.param_groups, self.solver.state
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.solver.state_dict(), "rso": self.boundary.state_dict(), "rso_rows": self._kept_rows()}
+        """The solver's state and RSO's own. In the middle of a subspace that includes W and B, of which the model's
+        state dict has the sum alone."""
+        state = {**self.solver.state_dict(), "rso": self.boundary.state_dict(), "rso_rows": self._kept_rows()}
+        if self._config.form == "two_path" and self.boundary.applied_steps % self._config.interval:
+            layers = self.boundary.layers.items()
+            state["rso_layers"] = {n: [local_part(x.weight), local_part(x.B)] for n, x in layers}
+        return state
 
     def _kept_rows(self) -> dict[str, dict[str, torch.Tensor]]:
         """What the merge keeps beside W on this rank: fp32 masters and outer momentum."""
@@ -155,6 +166,10 @@ class RSO(torch.optim.Optimizer):
                 f"the optimizer state has {sorted(theirs) or 'nothing'} beside W, this run keeps"
                 f" {sorted(mine) or 'nothing'}: set 'master_weights' and 'outer_momentum' as they were."
             )
+        for name, parts in state_dict.get("rso_layers", {}).items():
+            layer = self.boundary.layers[name]
+            for param, saved in zip((layer.weight, layer.B), parts, strict=True):
+                local_part(param).copy_(saved)
         self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
         self.follow_solver()
         if self._layout.weight_masters is not None:

@@ -16,7 +16,7 @@ from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
 from rso_ds.layers.foreign import refuse_foreign
 from rso_ds.layers.linear import RSOLinear
-from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, whole
+from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, partition_as, whole
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
 from rso_ds.layers.ties import tied_targets
@@ -81,7 +81,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
             _put(model, old, layer)
     for name, first in ties.items():
         old, tied = model.get_submodule(name), layers[first]
-        _put(model, old, _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, tied.B))
+        layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, tied.B)
+        layer.__dict__["tied_to"] = tied
+        _put(model, old, layer)
     return Conversion({name: layers[name] for name in names}, replaced, originals)
 
 
@@ -218,7 +220,8 @@ def _replacement(
         conv1d = is_conv1d(old)
         if conv1d:
             with torch.no_grad(), gathered([weight]):
-                weight = nn.Parameter(weight.detach().t().contiguous())
+                turned = nn.Parameter(weight.detach().t().contiguous())
+            weight = partition_as(turned, weight)
         layer = RSOLinear(weight, old.bias, in_features, out_features, subspace, shared, conv1d, B)  # type: ignore[arg-type]
     layer.form = form
     layer.train(old.training)

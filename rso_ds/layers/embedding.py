@@ -70,6 +70,13 @@ class RSOEmbedding(SubspaceLayer):
         """ids [...] -> [..., in_features]."""
         return subspace_embedding(ids, self.weight, self.B, self.projection(), self.padding_idx)
 
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx].fill_(0)
+        nn.init.zeros_(self.B)
+
     def stock(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         embedding = nn.Embedding(self.out_features, self.in_features, self.padding_idx, device="meta")
         embedding.weight = weight

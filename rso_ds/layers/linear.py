@@ -47,6 +47,15 @@ class RSOLinear(SubspaceLayer):
         self.shared_input.put(x, p, z)
         return y
 
+    def reset_parameters(self) -> None:
+        if self.kind == "conv1d":  # as transformers' Conv1D
+            nn.init.normal_(self.weight, std=0.02)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+        else:
+            nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        nn.init.zeros_(self.B)
+
     def stock(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         linear: nn.Module
         if self.kind == "conv1d":

@@ -35,6 +35,20 @@ def flat_memory(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
 
 
+def local_part(param: Any) -> Tensor:
+    """What this rank holds of ``param``: its piece under ZeRO-3 or FSDP2, else all of it."""
+    tensor = param.ds_tensor if is_partitioned(param) else param.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def partition_as(param: nn.Parameter, example: Any) -> nn.Parameter:
+    """``param`` itself, cut over the ranks if ``deepspeed.zero.Init`` has cut ``example``; all ranks call this
+    together. So a model never holds more than one new parameter whole."""
+    if is_partitioned(example):
+        example.convert_to_zero_parameters(param_list=[param])
+    return param
+
+
 def whole(tensor: Tensor) -> Tensor:
     """``tensor`` itself, or the full value of one that FSDP2 has cut; all ranks call this together then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -104,10 +104,22 @@ def _lean_class(stock: type, forward: Any) -> type:
         # A new object of this class (type(model).from_pretrained(...)) has not been made lean.
         return (stock.forward if self._lean is None else forward)(self, *args, **kwargs)  # type: ignore[attr-defined]
 
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # Pickle looks a class up by its name, and would find the stock one.
+        _, _, *state = super(made, self).__reduce_ex__(protocol)
+        return _new_lean, (stock, forward), *state
+
     body = {
-        "forward": run, "_lean": None, "_lean_stock": stock, "_lean_forward": forward, "__module__": stock.__module__
+        "forward": run, "_lean": None, "_lean_stock": stock, "_lean_forward": forward, "__reduce_ex__": reduce,
+        "__module__": stock.__module__,
     }  # fmt: skip
-    return type(stock.__name__, (stock,), body)
+    made: Any = type(stock.__name__, (stock,), body)
+    return made  # type: ignore[no-any-return]
+
+
+def _new_lean(stock: type, forward: Any) -> Any:
+    kind: Any = _lean_class(stock, forward)
+    return kind.__new__(kind)
 
 
 def _is(module: nn.Module, names: Sequence[str] | dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from rso_ds.comm.counter import BACKWARD, install
 from rso_ds.config import RSOConfig
 from rso_ds.engines.deepspeed.layout import deepspeed_layout
 from rso_ds.engines.deepspeed.loss_scale import explain_lowest_scale, scale_loss_at_stage_0
-from rso_ds.engines.deepspeed.saving import hook_checkpoints, hook_dense_saves
+from rso_ds.engines.deepspeed.saving import hook_checkpoints, hook_consolidated_saves
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.form import settle_form
@@ -48,7 +48,7 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     skip_nonfinite_steps(engine)
     _hook_step(engine, boundary, solver)
     engine.checkpoints = hook_checkpoints(engine, layout, boundary)
-    hook_dense_saves(engine)
+    hook_consolidated_saves(engine)
     return boundary
 
 
@@ -100,6 +100,7 @@ def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal stepped
         stepped = False
+        boundary.follow_loads()
         lrs = [float(group["lr"]) for group in solver.param_groups]  # before the scheduler moves on
         result = inner(*args, **kwargs)
         boundary.skipped_steps = engine.skipped_steps

@@ -17,6 +17,7 @@ from torch import nn
 
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.launch import export_launch_environment
+from rso_ds.comm.outcome import agreed
 from rso_ds.deepspeed_json import (
     RSO_TYPE,
     inner_config,
@@ -25,8 +26,9 @@ from rso_ds.deepspeed_json import (
     rso_config,
 )
 from rso_ds.engines.deepspeed.attach import attach, count_traffic
-from rso_ds.errors import RSOConfigError, RSOUnsupportedError
+from rso_ds.errors import RSOConfigError, RSOConversionError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
+from rso_ds.layers.start import begin_run
 from rso_ds.solvers.groups import layer_groups, solver_groups
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ def initialize(
         dist_init_required=dist_init_required,
     )
     agree_on_setup(converted, rso)
+    agreed(lambda: begin_run(model, converted), kind=RSOConversionError)
     if getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # the solver's configuration takes its place

@@ -85,32 +85,20 @@ def hook_checkpoints(engine: Any, layout: Layout, boundary: Boundary) -> Checkpo
     return checkpoints
 
 
-def hook_dense_saves(engine: Any) -> None:
-    """Let what Trainer, Accelerate and ``save_pretrained`` ask for when they save a model be the equal dense one.
-
-    At ZeRO 0-2 ``state_dict()`` of the engine's module and of Hugging Face models in it; at stage 3
-    ``engine._zero3_consolidated_16bit_state_dict()``, where all ranks call it and rank 0 gets the tensors. RSO's own
-    checkpoints use neither.
-    """
-    if engine.zero_optimization_partition_weights():
-
-        def consolidated(*_: Any, **__: Any) -> dict[str, Any] | None:
-            state = dense_state_dict(engine.module, keep=rank_of() == 0)
-            return state if rank_of() == 0 else None
-
-        engine._zero3_consolidated_16bit_state_dict = consolidated
-        # Trainer asks first; its alternative, a DeepSpeed checkpoint in the model's folder, is no model.
-        engine.zero_gather_16bit_weights_on_model_save = lambda: True
+def hook_consolidated_saves(engine: Any) -> None:
+    """At stage 3, let what Trainer, Accelerate and ``save_pretrained`` ask for be the equal dense model:
+    ``engine._zero3_consolidated_16bit_state_dict()``, where all ranks call it and rank 0 gets the tensors. (At the
+    other stages ``state_dict`` is dense by itself: ``SubspaceLayer``.)"""
+    if not engine.zero_optimization_partition_weights():
         return
 
-    def dense(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-        if not prefix:  # a part of a larger model that is being saved has one
-            state.clear()
-            state.update(dense_state_dict(module))
+    def consolidated(*_: Any, **__: Any) -> dict[str, Any] | None:
+        state = dense_state_dict(engine.module, keep=rank_of() == 0)
+        return state if rank_of() == 0 else None
 
-    for module in engine.module.modules():
-        if module is engine.module or hasattr(module, "save_pretrained"):
-            module.register_state_dict_post_hook(dense)
+    engine._zero3_consolidated_16bit_state_dict = consolidated
+    # Trainer asks first; its alternative, a DeepSpeed checkpoint in the model's folder, is no model.
+    engine.zero_gather_16bit_weights_on_model_save = lambda: True
 
 
 class _Counters:
