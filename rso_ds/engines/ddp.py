@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rso_ds.config import RSOConfig
@@ -18,9 +18,13 @@ from rso_ds.layout import Layout
 
 
 def replicated_layout(
-    model: nn.Module, layers: Mapping[str, SubspaceLayer], solver: torch.optim.Optimizer, config: RSOConfig
+    model: nn.Module,
+    layers: Mapping[str, SubspaceLayer],
+    solver: torch.optim.Optimizer,
+    config: RSOConfig,
+    precise: Mapping[int, Tensor],
 ) -> Layout:
-    """The layout of a bare or DDP-wrapped ``model``.
+    """The layout of a bare or DDP-wrapped ``model``; ``precise`` as of ``ReplicatedLayout``.
 
     Raises ``RSOUnsupportedError`` for a bare model among several ranks, whose gradients nobody would average.
     """
@@ -34,4 +38,4 @@ def replicated_layout(
     if config.communicate == "boundary":
         keep_gradients_local(model)
     device = next(iter(layers.values())).weight.device
-    return ReplicatedLayout(layers, solver, device, group=group, master_weights=config.master_weights)
+    return ReplicatedLayout(layers, solver, device, None, group, config.master_weights, precise)

@@ -17,13 +17,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 
 from rso_ds.config import RSOConfig
-from rso_ds.engines.local_steps import average_
 from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
 from rso_ds.layout import SolverShard
 from rso_ds.solvers.finite import gradients_finite
-from rso_ds.solvers.state import moments
 from rso_ds.weights.rounding import Rounding
 
 
@@ -55,6 +53,7 @@ class FSDPLayout(ReplicatedLayout):
         solver: torch.optim.Optimizer,
         config: RSOConfig,
         replicas: Any = None,
+        precise: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._reshard()
@@ -63,7 +62,7 @@ class FSDPLayout(ReplicatedLayout):
         mesh = next(p for p in model.parameters() if isinstance(p, DTensor)).device_mesh
         kind = mesh.device_type
         device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
-        super().__init__(layers, solver, device, master_weights=config.master_weights)
+        super().__init__(layers, solver, device, master_weights=config.master_weights, precise=precise)
         self.merge_sends_weights, self.merge_sends = False, ""
         self._replicas = mesh.get_group(0) if mesh.ndim == 2 else replicas
         self._shard_group = mesh.get_group(mesh.ndim - 1)
@@ -94,7 +93,7 @@ class FSDPLayout(ReplicatedLayout):
         return tensor._local_tensor
 
     def average(self) -> None:
-        average_([self.rows(p) for p in (*(layer.B for layer in self.layers.values()), *self.dense)], self._replicas)
+        self.average_over(self._replicas)
 
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         rows = self.rows(layer.weight)
@@ -106,14 +105,10 @@ class FSDPLayout(ReplicatedLayout):
         self.rows(layer.B).zero_()
 
     def solver_part(self, param: Any) -> SolverShard:
-        start, flat = self.model_part(param)
-        first, second = moments(self.solver.state.get(param, {}))
-        return SolverShard(  # whole rows: none is ever split between ranks
-            start,
-            start + flat.numel(),
-            None if first is None else self.rows(first).view(-1),
-            None if second is None else self.rows(second).view(-1),
-        )
+        start, flat = self.model_part(param)  # whole rows: none is ever split between ranks
+        first, second = (None if m is None else m.view(-1) for m in self.moments_of(param))
+        masters = [self.rows(self.precise[id(param)]).view(-1)] if id(param) in self.precise else []
+        return SolverShard(start, start + flat.numel(), first, second, masters)
 
     def replicated(self, dense: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         return [] if self._replicas is None else super().replicated(dense)

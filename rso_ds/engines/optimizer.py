@@ -29,6 +29,7 @@ from rso_ds.layers.start import begin_run
 from rso_ds.layout import Layout
 from rso_ds.solvers.build import build_solver
 from rso_ds.solvers.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
+from rso_ds.weights.parameter_masters import ParameterMasters
 
 
 class RSO(torch.optim.Optimizer):
@@ -83,14 +84,16 @@ class RSO(torch.optim.Optimizer):
         bare, config = self._bare, self._config
         layers = dict(rso_layers(bare))
         agreed(lambda: begin_run(bare, layers), kind=RSOConversionError)
+        self._masters = ParameterMasters(p for group in self.param_groups for p in group["params"])
         decays, where = layer_groups(layers, self.param_groups)
         self._layout: Layout
+        masters = self._masters.of
         if is_sharded(model):
-            self._layout = FSDPLayout(model, layers, self.solver, config, replicas)
+            self._layout = FSDPLayout(model, layers, self.solver, config, replicas, masters)
         elif replicas is not None:
             raise RSOUnsupportedError("replicas= is for models that fully_shard has cut: leave it out.")
         else:
-            self._layout = replicated_layout(model, layers, self.solver, config)
+            self._layout = replicated_layout(model, layers, self.solver, config, masters)
         self._config, self.form = settle_form(bare, config, layers.values(), decays, self._layout.merge_sends)
         ids = {id(p) for group in self.param_groups if not group[IS_SUBSPACE] for p in group["params"]}
         dense = {name: p for name, p in bare.named_parameters() if id(p) in ids}
@@ -99,6 +102,12 @@ class RSO(torch.optim.Optimizer):
         self.boundary = Boundary(self._config, layers, self._layout, decays, where, dense)
         self.boundary.materialize()
         self.boundary.check_replicas()
+
+    def _step_solver(self) -> None:
+        with self._masters.instead(self.solver):
+            self._masters.take_gradients()
+            self.solver.step()
+            self._masters.round()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the solver, and a subspace boundary when one is due.
@@ -116,7 +125,7 @@ class RSO(torch.optim.Optimizer):
         lrs = [float(group["lr"]) for group in self.param_groups]
         self.step_was_applied = self._layout.finite(p for group in self.param_groups for p in group["params"])
         if self.step_was_applied:
-            self.solver.step()
+            self._step_solver()
         else:
             self.boundary.skipped_steps += 1
         if self.step_was_applied or self._layout.replicas > 1:
@@ -146,6 +155,8 @@ class RSO(torch.optim.Optimizer):
         """The solver's state and RSO's own. In the middle of a subspace that includes W and B, of which the model's
         state dict has the sum alone."""
         state = {**self.solver.state_dict(), "rso": self.boundary.state_dict(), "rso_rows": self._kept_rows()}
+        if self._masters.of:
+            state["rso_masters"] = self._masters.values()
         if self._config.form == "two_path" and self.boundary.applied_steps % self._config.interval:
             layers = self.boundary.layers.items()
             state["rso_layers"] = {n: [local_part(x.weight), local_part(x.B)] for n, x in layers}
@@ -170,7 +181,10 @@ class RSO(torch.optim.Optimizer):
             layer = self.boundary.layers[name]
             for param, saved in zip((layer.weight, layer.B), parts, strict=True):
                 local_part(param).copy_(saved)
-        self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
+        for master, saved in zip(self._masters.values(), state_dict.get("rso_masters", []), strict=False):
+            master.copy_(saved)
+        with self._masters.instead(self.solver):  # torch casts what it loads to the dtype of the parameters
+            self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})
         self.follow_solver()
         if self._layout.weight_masters is not None:
             masters = state_dict["rso_rows"]["masters"]

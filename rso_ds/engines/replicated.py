@@ -25,7 +25,8 @@ from rso_ds.weights.rounding import Rounding
 class ReplicatedLayout:
     """W and B whole on each rank, the solver state of each B one tensor of a torch optimizer.
 
-    ``masters`` maps the id of each B to the fp32 copy that the solver updates, where there is one;
+    ``masters`` maps the id of each B to the fp32 copy that the solver updates, where there is one; ``precise`` so too,
+    but for copies whose state the solver keeps under the model's own parameter (``ParameterMasters``);
     ``group`` is the data-parallel process group, None for a single process; ``master_weights`` is the
     configuration's key: each rank then keeps fp32 masters of an equal share of W's rows, merges those, and
     the ranks exchange the rounded rows (bytes of W once an interval).
@@ -39,11 +40,13 @@ class ReplicatedLayout:
         masters: Mapping[int, Tensor] | None = None,
         group: Any = None,
         master_weights: str = "none",
+        precise: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.solver = solver
         self.device = device
         self.masters = dict(masters or {})
+        self.precise = dict(precise or {})
         self.group = group
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -79,7 +82,16 @@ class ReplicatedLayout:
 
     def average(self) -> None:
         if self.world_size > 1:
-            average_([*(layer.B for layer in self.layers.values()), *self.dense], self.group)
+            self.average_over(self.group)
+
+    def average_over(self, group: Any) -> None:
+        """Average B and what trains densely over ``group``, in the most precise copy that there is."""
+        params = [*(layer.B for layer in self.layers.values()), *self.dense]
+        precise = [self.precise.get(id(p), p) for p in params]
+        average_([self.rows(p) for p in precise], group)
+        for param, master in zip(params, precise, strict=True):
+            if master is not param:
+                self.rows(param).copy_(self.rows(master))
 
     def merge(self, name: str, layer: SubspaceLayer, P: Tensor, decay: float, rounding: Rounding) -> None:
         weight = layer.weight.detach()
@@ -124,7 +136,9 @@ class ReplicatedLayout:
     def solver_part(self, param: Any) -> SolverShard:
         key = self.solver_key(param)
         first, second = (None if m is None else flat_memory(m) for m in self.moments_of(param))
-        return SolverShard(0, param.numel(), first, second, [] if key is param else [flat_memory(key)])
+        masters = [] if key is param else [flat_memory(key)]
+        masters += [flat_memory(self.precise[id(param)])] if id(param) in self.precise else []
+        return SolverShard(0, param.numel(), first, second, masters)
 
     # -- what a checkpoint asks ----------------------------------------------------------------------
 
@@ -136,7 +150,7 @@ class ReplicatedLayout:
         """Allocate the solver's state of ``param`` if no step has yet."""
         key = self.solver_key(param)
         if not self.solver.state.get(key):
-            self.solver.state[key] = blank_state(self.solver, key)
+            self.solver.state[key] = blank_state(self.solver, key, self.precise.get(id(param), key))
 
     def solver_step(self, param: Any) -> int | None:
         """The solver's step count of ``param``; None if it keeps none."""

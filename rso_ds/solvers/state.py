@@ -29,13 +29,14 @@ def restart_step(state: MutableMapping[str, Any]) -> None:
         state["step"] = 0
 
 
-def blank_state(solver: torch.optim.Optimizer, key: Any) -> dict[str, Any]:
-    """What ``solver`` keeps of parameter ``key`` before its first step, as it would allocate it in that step."""
+def blank_state(solver: torch.optim.Optimizer, key: Any, like: Any) -> dict[str, Any]:
+    """What ``solver`` keeps of parameter ``key`` before its first step, as it would allocate it in that step, of the
+    dtype and layout of ``like``."""
     group = next((g for g in solver.param_groups if any(p is key for p in g["params"])), solver.param_groups[0])
     if "momentum" in group:
-        return {"momentum_buffer": torch.zeros_like(key)} if group["momentum"] else {}
+        return {"momentum_buffer": torch.zeros_like(like)} if group["momentum"] else {}
     step: Any = 0
     if isinstance(solver, (torch.optim.Adam, torch.optim.AdamW)):
         on_device = group.get("fused") or group.get("capturable")
         step = torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
-    return {"step": step, "exp_avg": torch.zeros_like(key), "exp_avg_sq": torch.zeros_like(key)}
+    return {"step": step, "exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
