@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer, dense_layer, rso_layers
 from rso_ds.layers.partitioned import gathered, whole
+from rso_ds.layers.wrappers import without_compile
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     Names and shapes are those of the model before conversion. Under ZeRO-3 and FSDP2 all ranks must
     call this together; one module is gathered at a time. Ranks with ``keep`` False take part and return {}.
     """
+    model = without_compile(model)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()  # after an evaluation the root is gathered still, in the dtype that it computes in

@@ -44,14 +44,13 @@ class Launch:
 
 
 def export_launch_environment() -> Launch:
-    """``find_launch`` of this process, exporting what it found wherever the launcher itself did not.
+    """``find_launch`` of this process, exporting what it found, over what an earlier job may have left behind.
 
     Call it before ``torch.distributed.init_process_group`` or ``deepspeed.init_distributed``; ``rso_ds.initialize``
     and ``launch/train.py`` do. Raises ``RSOError`` as ``find_launch`` does.
     """
     launch = find_launch(os.environ)
-    for key, value in launch.variables().items():
-        os.environ.setdefault(key, value)
+    os.environ.update(launch.variables())
     return launch
 
 
@@ -78,6 +77,13 @@ def find_launch(environ: Mapping[str, str]) -> Launch:
             f"SLURM_NTASKS={environ['SLURM_NTASKS']}, but this process was not started by srun and would train alone."
             " Start it with srun, torchrun or the deepspeed launcher; alone on purpose: unset SLURM_NTASKS."
         )
+    for key, alone in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        if environ.get(key) and _number(environ, key) != alone:
+            raise RSOError(
+                f"{key}={environ[key]} is set, but RANK is not: nothing says which of the ranks this process is. Alone:"
+                f" unset {key}. Among others: start with torchrun, deepspeed or srun, or export RANK, LOCAL_RANK,"
+                " WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process."
+            )
     port = _number(environ, "MASTER_PORT", 0) or _free_port()
     return Launch("none", 0, 0, 1, 1, environ.get("MASTER_ADDR", "127.0.0.1"), port)
 

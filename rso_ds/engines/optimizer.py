@@ -26,6 +26,7 @@ from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.layers.form import settle_form
 from rso_ds.layers.partitioned import local_part
 from rso_ds.layers.start import begin_run
+from rso_ds.layers.wrappers import without_compile
 from rso_ds.layout import Layout
 from rso_ds.solvers.build import build_solver
 from rso_ds.solvers.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
@@ -58,7 +59,9 @@ class RSO(torch.optim.Optimizer):
         self, model: nn.Module, config: RSOConfig, params: Iterable[Any] | None = None, replicas: Any = None
     ) -> None:
         refuse_fsdp1(model)
-        self._build_solver(model.module if isinstance(model, DistributedDataParallel) else model, config, params)
+        model = without_compile(model)
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        self._build_solver(without_compile(bare), config, params)
         self._attach(model, replicas)
 
     def _build_solver(self, bare: nn.Module, config: RSOConfig, params: Iterable[Any] | None) -> None:
@@ -81,7 +84,7 @@ class RSO(torch.optim.Optimizer):
 
     def _attach(self, model: nn.Module, replicas: Any) -> None:
         """Find where ``model``, in its wrapper by now, keeps W and B, and draw the first subspaces."""
-        bare, config = self._bare, self._config
+        bare, config, model = self._bare, self._config, without_compile(model)
         layers = dict(rso_layers(bare))
         agreed(lambda: begin_run(bare, layers), kind=RSOConversionError)
         self._masters = ParameterMasters(p for group in self.param_groups for p in group["params"])

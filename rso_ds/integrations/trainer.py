@@ -142,6 +142,9 @@ def with_rso(trainer_class: type[Trainer]) -> type[Trainer]:
                 self._rso_checkpoints().load(checkpoint, TAG)
 
         def _load_best_model(self) -> None:
+            if self.args.save_only_model:  # there is the dense model alone, which RSO's layers load too
+                super()._load_best_model()
+                return
             self._rso_checkpoints().load(self.state.best_model_checkpoint, TAG)
 
     RSOTrainer.__name__ = RSOTrainer.__qualname__ = f"RSO{trainer_class.__name__}"

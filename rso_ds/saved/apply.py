@@ -171,7 +171,9 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     kwargs.update(zip(self._lean["names"], args, strict=False))
-    wants_logits = kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False
+    # What neither the blocks nor the lean loss know is for the stock loss: ignore_index, for one.
+    unknown = set(kwargs) - self._lean["known"]
+    wants_logits = kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False or unknown
     no_labels = kwargs.get("labels") is None and kwargs.get("shift_labels") is None
     if not self.training or no_labels or wants_logits:
         return self._lean_stock.forward(self, **kwargs)
@@ -192,10 +194,13 @@ def _lean_loss(module: Any, liger: bool) -> Plan:
         return []
     if getattr(module, "loss_type", None) not in (None, "ForCausalLM") or "_loss_function" in vars(module):
         return []  # the caller has set a loss of his own
+    from transformers.utils import TransformersKwargs
+
     names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
+    known = {*names, "shift_labels", "num_items_in_batch", *TransformersKwargs.__annotations__}
     return [
         (module.lm_head, _head_forward, {}),
-        (module, _causal_lm_forward, {"names": names}),
+        (module, _causal_lm_forward, {"names": names, "known": known}),
     ]
 
 

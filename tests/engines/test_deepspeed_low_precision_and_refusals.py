@@ -162,7 +162,7 @@ FOREIGN = {
     "other dtype": "is of another model or precision: 'model.embed_tokens.weight' is [shape, dtype, trainable]",
     "without RSO": "was saved without RSO: resume with the same optimizer",
     "zero_to_fp32": "1: These are checkpoints of rso_ds, from which zero_to_fp32 would lose B P^T",
-    "save_16bit_model": "use rso_ds.checkpoint.save_dense",
+    "save_16bit_model": "exclude_frozen_parameters would leave every W out",
     "exclude_frozen": "exclude_frozen_parameters would lose the training",
 }
 
@@ -171,6 +171,10 @@ FOREIGN = {
 def test_foreign_checkpoints_are_refused_on_every_rank(results, name):
     for result in results.ranks("foreign"):
         assert FOREIGN[name] in result[name]
+
+
+def test_save_16bit_model_writes_the_dense_model(results):
+    assert results.ranks("foreign")[0]["saved_16bit"]
 
 
 def test_refused_checkpoints_leave_the_model_alone(results):

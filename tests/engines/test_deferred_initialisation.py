@@ -1,4 +1,4 @@
-"""On two ranks: memory that comes after conversion and sharding, and B cut over the ranks as it is made."""
+"""How a run begins on two ranks: memory after conversion and sharding, B in pieces, the device chosen first."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def test_zero_init_cuts_B_as_it_is_made(results, kind):
     for name, parts in results[f"zero-init-{kind}"].items():
         for whole, held, numel in parts:
             assert (whole, held) == (0, numel // 2), name
+
+
+def test_the_device_is_chosen_before_the_first_collective(results):
+    calls = results["first-calls"]
+    assert calls[0] == "set_device"
+    assert "collective" in calls

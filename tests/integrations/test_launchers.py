@@ -86,6 +86,13 @@ def test_mpi_on_several_nodes_needs_an_address(monkeypatch):
         find_launch(MPIRUN)
 
 
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}])
+def test_what_an_earlier_job_left_behind_is_refused(left):
+    (key,) = left
+    with pytest.raises(RSOError, match=rf"{key}=\d is set, but RANK is not.*unset {key}"):
+        find_launch(left)
+
+
 def test_adopt_exports_what_is_missing(monkeypatch):
     for key in (*RANK, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(key, "")  # restored afterwards, also what adopt() sets

@@ -45,7 +45,8 @@ def test_training_equals_the_reference(results, name):
     assert got["draw"] == 4
     if "stage" not in spec:
         fsdp = ("FSDPLayout", "FSDPLlamaForCausalLM")
-        wrappers = fsdp if "fsdp" in name else ("ReplicatedLayout", "DistributedDataParallel")
+        ddp = ("ReplicatedLayout", "OptimizedModule" if "compiled" in name else "DistributedDataParallel")
+        wrappers = fsdp if "fsdp" in name else ddp
         assert (got["layout"], got["wrapper"]) == wrappers
     assert largest(got["losses"], expected.losses) < tolerance
     if "bf16" not in name:
@@ -75,7 +76,7 @@ def test_the_model_in_a_checkpoint_is_dense(results, engine):
         assert torch.equal(weight, saved[name]), name
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp", "fsdp2", "ddp-only-model"])
 def test_the_best_model_is_loaded_evaluated_and_saved(results, engine):
     from transformers import AutoModelForCausalLM
 

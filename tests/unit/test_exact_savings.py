@@ -210,6 +210,15 @@ def test_loss_options_of_the_trainer(extra):
     torch.testing.assert_close(step(lean, inputs)[0], step(stock, inputs)[0])
 
 
+def test_what_the_lean_loss_does_not_know_is_left_to_the_stock_one():
+    stock, lean = pair("llama")
+    plain = batch()
+    plain["labels"] = plain["input_ids"]
+    inputs = {**plain, "ignore_index": int(plain["labels"][1, 2])}
+    torch.testing.assert_close(step(lean, inputs)[0], step(stock, inputs)[0])
+    assert step(lean, inputs)[0] != step(lean, plain)[0]
+
+
 def test_where_logits_are_asked_for_there_are_logits():
     stock, lean = pair("llama")
     inputs = batch()

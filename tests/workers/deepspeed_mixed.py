@@ -162,7 +162,10 @@ def foreign_checkpoints(folder):
     after = engine.module.state_dict()
     script = subprocess.run([sys.executable, str(folder / "zero_to_fp32.py"), "a", "b"], capture_output=True, text=True)
     found["zero_to_fp32"] = f"{script.returncode}: {script.stderr}"
-    found["save_16bit_model"] = message_of(lambda: engine.save_16bit_model(str(folder)))
+    found["save_16bit_model"] = message_of(lambda: engine.save_16bit_model(str(folder), exclude_frozen_parameters=True))
+    engine.save_16bit_model(str(folder / "plain"))
+    dense, saved = dense_state_dict(engine.module), torch.load(folder / "plain" / "pytorch_model.bin")
+    found["saved_16bit"] = saved.keys() == dense.keys() and all(torch.equal(w, saved[n]) for n, w in dense.items())
     found["untouched"] = all(torch.equal(before[n], after[n]) for n in before)
     return found
 

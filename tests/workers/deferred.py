@@ -66,7 +66,37 @@ def zero_init(kind: str) -> dict[str, Any]:
     }
 
 
+def first_calls(_: None) -> list[str]:
+    """In which order ``rso_ds.initialize`` chooses the device and calls collectives; on GPUs the first collective
+    before the choice would run on device 0 of every rank."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    calls: list[str] = []
+
+    def noting(name: str, inner: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        return call
+
+    gather, set_device = dist.all_gather_object, accelerator.set_device
+    dist.all_gather_object, accelerator.set_device = noting("collective", gather), noting("set_device", set_device)
+    try:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "RSO", "params": {"rank": 4, "torch_adam": True}},
+        }
+        engine, *_rest = rso_ds.initialize(model=tiny_llama.build(), config=config)
+    finally:
+        dist.all_gather_object = gather
+        del accelerator.set_device
+    engine.destroy()
+    return calls
+
+
 WORK = {
+    "first-calls": (first_calls, None),
     "fsdp2": (fsdp2, False),
     "fsdp2-meta": (fsdp2, True),
     "zero-init-gpt2": (zero_init, "gpt2"),

@@ -157,7 +157,8 @@ def accumulated(spec):
 def best(spec):
     """The evaluation loss is best in the middle: from there on the learning rate is absurd."""
     options = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
-    trainer = trainer_of(spec, spec["name"], load_best_model_at_end=True, **options)
+    only_model = spec.get("only_model", False)
+    trainer = trainer_of(spec, spec["name"], load_best_model_at_end=True, save_only_model=only_model, **options)
 
     class Spoil(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **_):
@@ -185,6 +186,7 @@ for engine, spec in ENGINES.items():
     WORK[f"resume-{engine}"] = {**spec, "do": "resume", "rso": resume_rso, "name": f"resume-{engine}"}
 for engine in ("zero2", "zero3", "ddp", "fsdp2"):
     WORK[f"best-{engine}"] = {**ENGINES[engine], "do": "best", "name": f"best-{engine}"}
+WORK["best-ddp-only-model"] = {**ENGINES["ddp"], "do": "best", "name": "best-ddp-only-model", "only_model": True}
 for (engine, accumulation), name in accumulated_cases("trainer").items():
     WORK[name] = {**ENGINES[engine], "do": "accumulated", "accumulation": accumulation, "name": name}
 

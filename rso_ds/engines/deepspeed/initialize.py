@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,9 @@ def initialize(
     accelerator = get_accelerator()
     if not deepspeed.comm.is_initialized():
         export_launch_environment()
+    local_rank = _local_rank(args)
+    if local_rank is not None:
+        accelerator.set_device(local_rank)  # before the first collective: all ranks would use the first device
     deepspeed.init_distributed(
         accelerator.communication_backend_name(),
         distributed_port=distributed_port,
@@ -126,6 +130,15 @@ def initialize(
     if engine.global_rank == 0:
         logger.info("%s\n%s", table, engine.rso_form)
     return result
+
+
+def _local_rank(args: Any) -> int | None:
+    """The index of this rank's device as DeepSpeed finds it; None if nothing says."""
+    for name in ("device_rank", "local_rank"):
+        given = getattr(args, name, None)
+        if given is not None and given >= 0:
+            return int(given)
+    return int(os.environ["LOCAL_RANK"]) if os.environ.get("LOCAL_RANK") else None
 
 
 def own_initialize() -> Callable[..., Any]:

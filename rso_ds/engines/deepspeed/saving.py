@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rso_ds.boundary import Boundary
 from rso_ds.checkpoint import Checkpointer, TrainingState, dense_state_dict
 from rso_ds.checkpoint.folder import write_text
@@ -74,10 +76,20 @@ def hook_checkpoints(engine: Any, layout: Layout, boundary: Boundary) -> Checkpo
         path, client = checkpoints.load(load_dir, None if tag is None else str(tag))
         return str(path), client
 
-    def save_16bit_model(*_: Any, **__: Any) -> None:
-        raise RSOUnsupportedError(
-            "save_16bit_model is not supported: use rso_ds.checkpoint.save_dense(engine.module, folder, rank)."
-        )
+    def save_16bit_model(
+        save_dir: Any, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """As DeepSpeed's: the equal dense model in the dtype of its weights, written by rank 0."""
+        if exclude_frozen_parameters:
+            raise RSOUnsupportedError("exclude_frozen_parameters would leave every W out: save without it.")
+        state = dense_state_dict(engine.module, keep=rank_of() == 0)
+
+        def write() -> None:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(state, Path(save_dir) / save_filename)
+
+        agreed(lambda: write() if rank_of() == 0 else None)
+        return True
 
     engine.save_checkpoint = save_checkpoint
     engine.load_checkpoint = load_checkpoint

@@ -67,6 +67,9 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
         base = with_subspace_logs(base)
     traffic = install()
     trainer = base(args=training, **parts)
+    if isinstance(ours, ClassificationArguments):
+        # The forward takes any keyword, but the loss is a mean over rows: Trainer must divide by the accumulation.
+        trainer.model_accepts_loss_kwargs = False
     before = traffic.by_kind()
     start = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

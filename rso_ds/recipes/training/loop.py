@@ -242,7 +242,7 @@ class Job:
                 saving = time.monotonic()
                 if watch.sound:
                     with self.waits.of("checkpoint"):
-                        self._save(step, after if args.eval_interval or evaluate else math.nan)
+                        self._save(step, after if evaluate else math.nan)
                 window_start += time.monotonic() - saving
             if stop and step < self.steps:
                 engine.checkpoints.wait()
