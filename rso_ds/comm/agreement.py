@@ -32,16 +32,23 @@ def agree_on_setup(layers: Mapping[str, SubspaceLayer], config: RSOConfig, group
         "code of rso_ds": code_digest(),
         "version of torch": torch.__version__,
     }
+    agree_on(mine, "Give every rank the same JSON, the same model and the same installation.", group)
+
+
+def agree_on(mine: Mapping[str, Any], advice: str, group: Any = None) -> None:
+    """Raise ``RSOReplicaError`` on every rank unless all ranks of ``group`` have the same values in ``mine``, naming
+    the first that differs, and ``advice``."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    dist.all_gather_object(everyone, dict(mine), group=group)
     for what in mine:
         values = [theirs.get(what, "absent") for theirs in everyone]
         odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if odd is not None:
             raise RSOReplicaError(
                 f"ranks disagree on the {what}: {values[0]} on rank 0, {values[odd]} on rank {odd}"
-                f" ({sum(v != values[0] for v in values)} of {len(values)} ranks differ from rank 0). Give every rank"
-                " the same JSON, the same model and the same installation."
+                f" ({sum(v != values[0] for v in values)} of {len(values)} ranks differ from rank 0). {advice}"
             )
 
 

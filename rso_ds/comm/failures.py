@@ -19,6 +19,8 @@ _SIGNS = (
     "Watchdog caught collective operation timeout",
 )
 
+_WAITED = ("Timed out waiting", "Watchdog caught collective operation timeout")  # those that are no sign of a death
+
 # What writing a file fails with where it is the place that fails, not the program.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -51,8 +53,12 @@ def lost_rank(error: BaseException) -> str | None:
     sign = next((line for line in text.splitlines() if any(sign in line for sign in _SIGNS)), None)
     if sign is None or not isinstance(error, RuntimeError):
         return None
+    if any(waited in sign for waited in _WAITED):
+        what, why = "waited in vain for another rank", "A rank hangs, does something else, or cannot be reached."
+    else:
+        what, why = "lost another rank", "A rank has died, or cannot be reached any more."
     return (
-        f"rank {dist.get_rank()} lost another rank in the middle of a collective: {sign.strip()[:300]}\n"
-        "A rank has died, hangs, or cannot be reached. Look for the first error in the other ranks' logs, then continue"
-        " with --resume auto. --timeout sets how long a silent rank is waited for."
+        f"rank {dist.get_rank()} {what} in the middle of a collective: {sign.strip()[:300]}\n"
+        f"{why} Look for the first error in the other ranks' logs, then continue with --resume auto. --timeout sets how"
+        " long a silent rank is waited for."
     )

@@ -36,11 +36,11 @@ def agreed(action: Callable[[], T], group: Any = None, kind: type[RSOError] = RS
         failure = f"rank {rank_of()}: {type(system or error).__name__}: {system or error}"
         own = None if system else error
     failures = gathered(failure, group)
-    first = next((message for message in failures if message is not None), None)
+    rank, first = next(((r, message) for r, message in enumerate(failures) if message is not None), (0, None))
     if own is not None and failure == first:
         raise own
     if first is not None:
-        raise kind(first)
+        raise kind(first if None not in failures or first.startswith(f"rank {rank}") else f"rank {rank}: {first}")
     return result
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -36,8 +37,11 @@ def flat_memory(tensor: Tensor) -> Tensor:
 
 
 def local_part(param: Any) -> Tensor:
-    """What this rank holds of ``param``: its piece under ZeRO-3 or FSDP2, else all of it."""
-    tensor = param.ds_tensor if is_partitioned(param) else param.detach()
+    """What this rank holds of ``param``: its piece under ZeRO-3 (flat, without padding) or FSDP2, else all of it."""
+    if is_partitioned(param):
+        piece: Tensor = param.ds_tensor.detach().view(-1)
+        return piece[: max(0, param.ds_numel - dist.get_rank(param.ds_process_group) * piece.numel())]
+    tensor = param.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

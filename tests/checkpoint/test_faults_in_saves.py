@@ -70,7 +70,7 @@ def no_room(run: faults.Run, before: str, cause: str) -> None:
 
 def test_a_file_system_that_takes_no_more(space, undisturbed, half):
     run = copied(half, space, "file-too-large", half.own)
-    no_room(run, "limit_files", "File too large")
+    no_room(run, "support.train_ranks:limit_files", "File too large")
     assert f"after step {2 * SAVE}" in resumed(run, undisturbed["ddp"])
 
 

@@ -270,6 +270,7 @@ def test_files_are_written_once_and_the_job_submits_them(capsys, tmp_path):
     assert given[-2:] == ["--data", "my text"]
 
 
+@EXHAUSTIVE
 def test_no_deepspeed_is_needed():
     code = "import sys; sys.modules['deepspeed'] = None; from rso_ds.cli import main; main(sys.argv[1:])"
     flags = ["plan", *SMALL, "--gpus", "2", "--gpu-memory", "2GB", "--global-batch", "2"]

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -21,7 +22,8 @@ from support.train_workspace import ROOT, STEPS, Workspace
 class TrainRanks:
     """One start of ``launch/train.py`` with the flags ``argv`` on ``ranks`` ranks; what they print goes to ``logs``.
 
-    ``env`` adds to the environment of each, ``before`` names a function of this module that each calls first.
+    ``env`` adds to the environment of each, ``before`` names a function ("module:name") that each calls first with the
+    flags, and that returns those to start with.
     """
 
     def __init__(
@@ -108,12 +110,14 @@ def run_rank(argv: list[str], env: dict[str, str], log: str, before: str) -> Non
 
     torch.set_num_threads(1)
     if before:
-        globals()[before]()
+        module, _, name = before.partition(":")
+        argv = getattr(import_module(module), name)(argv)
     main(argv)
 
 
-def limit_files() -> None:
+def limit_files(argv: list[str]) -> list[str]:
     """No file may grow beyond 1 MB: a write that does fails with EFBIG."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    return argv

@@ -89,6 +89,7 @@ def test_gpt2_block_is_its_closed_form(dtype):
     assert trace.kept == real_trace(builder(dtype, "all", config)).kept
 
 
+@EXHAUSTIVE
 def test_the_target_of_the_lean_block():
     """At most 6.5 + 2f + 3p units for the LLaMA-7B block in bf16 with rank 256, and 6.5 GiB with the loss."""
     config = llama_config("llama-7b")
@@ -286,6 +287,7 @@ def test_the_largest_sizes_fit_and_larger_ones_do_not():
         assert accountant.account("rso", 1, int(seq * 1.01)).needed > card
 
 
+@EXHAUSTIVE
 def test_seventy_billion_in_seconds(tmp_path, capsys):
     transformers.LlamaConfig(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -318,7 +320,7 @@ def test_an_unknown_model_type_is_counted_as_far_as_it_goes(tmp_path, capsys):
         (["--model", "./nowhere"], "--model ./nowhere: no such shape, folder or hub name"),
         (["--deepspeed", str(ROOT / "ds_configs/adamw.json")], 'its optimizer is "AdamW"'),
         (["--deepspeed", "missing.json"], "--deepspeed missing.json cannot be read"),
-        (["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png cannot be written"),
+        pytest.param(["--plot", "/nowhere/out.png"], "--plot /nowhere/out.png cannot be written", marks=EXHAUSTIVE),
         (["--model", "llama-9m"], "'rank': 1024 exceeds the smaller side of layer"),
     ],
 )

@@ -6,15 +6,17 @@ import json
 import math
 import os
 import time
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from rso_ds.checkpoint import Retention, save_dense
 from rso_ds.checkpoint.folder import MANIFEST, automatic_tag, has_checkpoints
+from rso_ds.comm.agreement import agree_on
+from rso_ds.comm.decisions import decided, patiently
 from rso_ds.comm.failures import limit_waiting
 from rso_ds.comm.outcome import agreed
 from rso_ds.comm.rank_context import RankContext
@@ -47,7 +49,7 @@ class Job:
     def __init__(self, args: TrainArguments, ds_json: dict[str, Any], corpus: Corpus, context: RankContext) -> None:
         self.args, self.context, self.corpus = args, context, corpus
         self.output = Path(args.output)
-        if args.resume is None and has_checkpoints(self.output / "checkpoints"):
+        if args.resume is None and decided(lambda: has_checkpoints(self.output / "checkpoints")):
             raise RSOConfigError(
                 f"--output {self.output} holds checkpoints of an earlier run: continue it with --resume auto, or give"
                 " another --output."
@@ -58,14 +60,12 @@ class Job:
         self.micro, self.accumulation = batch_sizes(ds_json, args, context.world_size)
         self.tokens_per_step = self.micro * self.accumulation * context.world_size * args.seq_len
         self.steps = self._number_of_steps()
+        self._agree_on_data()
         self.ds_json = fill(ds_json, args, context.world_size, self.steps, context.on_gpu)
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
         self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
-        if context.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            args.save(self.output / "config.yaml")
-            (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
+        agreed(lambda: self._write_settings() if context.rank == 0 else None)
         self.first_step = self._resume()
         if args.profile_memory and args.engine != "deepspeed":
             raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
@@ -94,8 +94,26 @@ class Job:
                 ) from error
             return tokenizer, parts[0], parts[1]
 
-        made = agreed(lambda: load() if self.context.local_rank == 0 else None, kind=RSOConfigError)
-        return made if made is not None else load()
+        work = load if self.context.local_rank == 0 else None
+        made = patiently(work, "preparing the data", self.args.timeout, RSOConfigError)
+        ready = agreed(lambda: load() if made is None else made, kind=RSOConfigError)
+        return ready
+
+    def _write_settings(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.args.save(self.output / "config.yaml")
+        (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
+
+    def _agree_on_data(self) -> None:
+        """Ranks read files of their own: another text, tokenizer or length would end in steps that do not match."""
+        mine = {
+            "training data (tokens)": _of_tokens(self.train_data),
+            "held-out data (tokens)": _of_tokens(self.held_out),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "number of steps": self.steps,
+            "batch": [self.micro, self.accumulation, self.args.seq_len, self.args.seed],
+        }
+        agree_on(mine, "Give every rank the same --data, --tokenizer, --cache and flags.")
 
     def _tokenizer_name(self) -> str | None:
         """``--tokenizer``, else the model's own where its weights are used, else None (train a BPE)."""
@@ -130,12 +148,12 @@ class Job:
             return 0
         folder, tag = self.output / "checkpoints" if wanted == "auto" else Path(wanted), None
         if wanted == "auto":
-            tag, remark = automatic_tag(folder)
+            found, tag, remark = decided(lambda: (has_checkpoints(folder), *automatic_tag(folder)))
             if self.context.rank == 0 and remark:
                 print(f"--resume auto: {remark}", flush=True)
-            if not has_checkpoints(folder):
+            if not found:
                 return 0
-        if (folder / MANIFEST).is_file():
+        if decided(lambda: (folder / MANIFEST).is_file()):
             folder, tag = folder.parent, folder.name
 
         def same_run(client: dict[str, Any]) -> None:
@@ -197,7 +215,7 @@ class Job:
         engine.train()
         observer = Observer(engine.rso) if hasattr(engine, "rso") else None
         sync = StepSync(self.context, engine.traffic, args.timeout)
-        watch = StepWatch(args.max_skipped, engine.skipped_steps, self.output / "checkpoints")
+        watch = StepWatch(args.max_skipped, self.output / "checkpoints")
         window_start, window_first = time.monotonic(), self.first_step
         sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
         after = before
@@ -207,8 +225,10 @@ class Job:
             log = step % args.log_interval == 0 or evaluate or step == self.first_step + 1
             if observer and log:
                 observer.watch_step()
-            loss, stop = sync(self._train_step(step - 1), interruption.requested)
-            watch.after(step, loss, engine.skipped_steps)
+            skipped_before = engine.skipped_steps
+            own_loss = self._train_step(step - 1)
+            loss, stop, skipped = sync(own_loss, interruption.requested, engine.skipped_steps > skipped_before)
+            watch.after(step, loss, skipped)
             if log:
                 taken = step - window_first
                 elapsed = time.monotonic() - window_start
@@ -320,22 +340,25 @@ class Job:
             after = self._evaluate()  # of the one model that is saved, not the mean over the ranks' own
         with self.engine.traffic.phase("other"):
             save_dense(self.engine.module, folder, self.context.rank)
-        if self.context.rank == 0:
-            self._report_traffic()
-            self.tokenizer.save_pretrained(folder)
-            self._write_card(folder, after)
-            if self.args.sample_tokens:
-                from transformers import AutoModelForCausalLM
+        work = (lambda: self._present(folder, before, after)) if self.context.rank == 0 else None
+        patiently(work, "writing the model's files and a sample of text", self.args.timeout)
 
-                prompt = self.args.prompt or self.tokenizer.decode(self.held_out.tokens[:16].tolist())
-                model = AutoModelForCausalLM.from_pretrained(folder)
-                text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
-                self.display.say(f"--- sample\n{text}\n---")
-            self.display.say(
-                f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
-                f" (loss {before:.4f} -> {after:.4f})\nmodel: {folder}   metrics: {self.output / 'metrics.jsonl'}"
-            )
-        dist.barrier()
+    def _present(self, folder: Path, before: float, after: float) -> None:
+        """What rank 0 alone leaves behind at the end."""
+        self._report_traffic()
+        self.tokenizer.save_pretrained(folder)
+        self._write_card(folder, after)
+        if self.args.sample_tokens:
+            from transformers import AutoModelForCausalLM
+
+            prompt = self.args.prompt or self.tokenizer.decode(self.held_out.tokens[:16].tolist())
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
+            self.display.say(f"--- sample\n{text}\n---")
+        self.display.say(
+            f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
+            f" (loss {before:.4f} -> {after:.4f})\nmodel: {folder}   metrics: {self.output / 'metrics.jsonl'}"
+        )
 
     def _write_card(self, folder: Path, loss: float) -> None:
         args = self.args
@@ -356,3 +379,10 @@ class Job:
         details = {"ranks": self.context.world_size, "nodes": traffic.node_count, "steps": taken}
         (self.output / "comm.json").write_text(json.dumps({**details, "traffic": traffic.table()}, indent=2))
         self.display.say(traffic_summary(traffic, taken))
+
+
+def _of_tokens(data: PackedTokens) -> list[int]:
+    """Length and a checksum of a share of the tokens, without reading all of a large file."""
+    tokens = data.tokens
+    some = tokens[:: max(1, len(tokens) // 100_000)]
+    return [len(tokens), zlib.crc32(some.tobytes())]

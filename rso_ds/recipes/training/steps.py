@@ -17,9 +17,11 @@ from rso_ds.errors import RSOError
 
 
 class StepSync:
-    """One reduction of two numbers on the CPU: the loss, and whether a signal asks this rank to stop.
+    """One reduction of three numbers on the CPU: the loss, whether a signal asks this rank to stop, and whether it has
+    skipped this step.
 
-    Signals reach ranks at different moments, or only one of them; all must save at the same step. On GPUs the
+    Signals reach ranks at different moments, or only one of them, and ranks that step apart skip apart; all must save
+    at the same step. On GPUs the
     reduction has a gloo group of its own, so that it does not wait for the device.
     """
 
@@ -30,13 +32,13 @@ class StepSync:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             traffic.label(self._group, "other")
 
-    def __call__(self, loss: float, stop: bool) -> tuple[float, bool]:
-        """(mean loss, not finite if it is not on some rank; whether any rank is asked to stop)."""
+    def __call__(self, loss: float, stop: bool, skipped: bool) -> tuple[float, bool, bool]:
+        """(mean loss, not finite if it is not on some rank; whether any rank is asked to stop; whether any skipped)."""
         if self._ranks == 1:
-            return loss, stop
-        box = torch.tensor([loss / self._ranks, float(stop)], dtype=torch.float64)
+            return loss, stop, skipped
+        box = torch.tensor([loss / self._ranks, float(stop), float(skipped)], dtype=torch.float64)
         dist.all_reduce(box, group=self._group)
-        return box[0].item(), box[1].item() > 0
+        return box[0].item(), box[1].item() > 0, box[2].item() > 0
 
 
 class StepWatch:
@@ -47,16 +49,15 @@ class StepWatch:
     cannot be trusted then and must not become a checkpoint.
     """
 
-    def __init__(self, limit: int, skipped_steps: int, checkpoints: Path) -> None:
+    def __init__(self, limit: int, checkpoints: Path) -> None:
         self.limit, self.checkpoints = limit, checkpoints
         self.sound = True
-        self._skipped, self._in_a_row = skipped_steps, 0
+        self._in_a_row = 0
         self._last_finite: tuple[float, int] | None = None
         self._sum, self._counted = 0.0, 0
 
-    def after(self, step: int, loss: float, skipped_steps: int) -> None:
-        """``loss``: mean over ranks; ``skipped_steps``: the engine's count. Raises ``RSOError`` at the limit."""
-        skipped, self._skipped = skipped_steps > self._skipped, skipped_steps
+    def after(self, step: int, loss: float, skipped: bool) -> None:
+        """``loss``: mean over ranks; ``skipped``: by any rank. Raises ``RSOError`` at the limit."""
         finite = math.isfinite(loss)
         self.sound = finite or skipped
         if finite:
