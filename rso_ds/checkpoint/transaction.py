@@ -100,13 +100,10 @@ def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, d
     rank, naming the damaged file.
     """
 
-    def verified() -> Path:
-        path = folders.find(Path(folder), tag)
-        folders.verify(path, rank_of(), ranks_of())
-        return path
-
     agreed(lambda: folders.recover(Path(folder)) if rank_of() == 0 else None)
-    path = agreed(verified)  # every share is, before any rank reads a file that another was to verify
+    path = agreed(lambda: folders.find(Path(folder), tag), whose=True)  # disks of nodes differ
+    # Every share is verified before any rank reads a file that another was to verify.
+    agreed(lambda: folders.verify(path, rank_of(), ranks_of()))
     return agreed(lambda: (path, read_state(path), read_extra(path)))
 
 

@@ -14,11 +14,14 @@ from rso_ds.errors import RSOCheckpointError, RSOError
 T = TypeVar("T")
 
 
-def agreed(action: Callable[[], T], group: Any = None, kind: type[RSOError] = RSOCheckpointError) -> T:
+def agreed(
+    action: Callable[[], T], group: Any = None, kind: type[RSOError] = RSOCheckpointError, whose: bool = False
+) -> T:
     """What ``action`` returns on this rank. All ranks of ``group`` call this together.
 
     If it fails on any rank, every rank raises: the first that failed its own exception, the others ``kind`` with
-    the same words. The loss of a rank in a collective inside ``action`` is raised as it is.
+    the same words; with ``whose``, for what may be otherwise on each rank, the number of that rank stands in front. The
+    loss of a rank in a collective inside ``action`` is raised as it is.
     """
     failure: str | None = None
     own: Exception | None = None
@@ -37,11 +40,13 @@ def agreed(action: Callable[[], T], group: Any = None, kind: type[RSOError] = RS
         own = None if system else error
     failures = gathered(failure, group)
     rank, first = next(((r, message) for r, message in enumerate(failures) if message is not None), (0, None))
+    if first is None:
+        return result
+    if whose and None in failures:
+        raise (type(own) if isinstance(own, RSOError) else kind)(f"rank {rank}: {first.removeprefix(f'rank {rank}: ')}")
     if own is not None and failure == first:
         raise own
-    if first is not None:
-        raise kind(first if None not in failures or first.startswith(f"rank {rank}") else f"rank {rank}: {first}")
-    return result
+    raise kind(first)
 
 
 def gathered(value: T, group: Any = None) -> list[T]:

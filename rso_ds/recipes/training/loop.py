@@ -65,7 +65,7 @@ class Job:
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
         self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
-        agreed(lambda: self._write_settings() if context.rank == 0 else None)
+        agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
         self.first_step = self._resume()
         if args.profile_memory and args.engine != "deepspeed":
             raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
