@@ -180,11 +180,17 @@ class RSO(torch.optim.Optimizer):
                 f"the optimizer state has {sorted(theirs) or 'nothing'} beside W, this run keeps"
                 f" {sorted(mine) or 'nothing'}: set 'master_weights' and 'outer_momentum' as they were."
             )
+        masters = state_dict.get("rso_masters", self._masters.values())  # earlier versions kept none
+        if len(masters) != len(self._masters.values()):
+            raise RSOCheckpointError(
+                f"the optimizer state has fp32 copies of {len(masters)} parameters in 16 bits, this model has"
+                f" {len(self._masters.values())} of them: load it into a model of the dtype that it was saved from."
+            )
         for name, parts in state_dict.get("rso_layers", {}).items():
             layer = self.boundary.layers[name]
             for param, saved in zip((layer.weight, layer.B), parts, strict=True):
                 local_part(param).copy_(saved)
-        for master, saved in zip(self._masters.values(), state_dict.get("rso_masters", []), strict=False):
+        for master, saved in zip(self._masters.values(), masters, strict=True):
             master.copy_(saved)
         with self._masters.instead(self.solver):  # torch casts what it loads to the dtype of the parameters
             self.solver.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("rso")})

@@ -98,3 +98,10 @@ def test_groups_hold_the_models_parameters_and_what_is_loaded_is_followed():
         group["lr"] = 0.0
     feed(model, optimizer, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_state_of_a_model_in_another_dtype_is_refused():
+    _, low = start(torch.bfloat16)
+    _, wide = start(torch.float32)
+    with pytest.raises(rso_ds.RSOCheckpointError, match="fp32 copies of .* parameters in 16 bits, this model has 0"):
+        wide.load_state_dict(low.state_dict())
