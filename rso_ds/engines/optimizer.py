@@ -25,7 +25,7 @@ from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupported
 from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.layers.form import settle_form
 from rso_ds.layers.partitioned import local_part
-from rso_ds.layers.start import begin_run
+from rso_ds.layers.start import begin_run, refuse_untrained
 from rso_ds.layers.wrappers import without_compile
 from rso_ds.layout import Layout
 from rso_ds.solvers.build import build_solver
@@ -76,6 +76,7 @@ class RSO(torch.optim.Optimizer):
         groups = solver_groups(bare.parameters() if params is None else params, layers, {}, config)
         self.solver = build_solver(groups, config)
         self.step_was_applied = False
+        self._stepped = False
         self.traffic = install()
         if config.proximal:
             self.solver.register_step_pre_hook(proximal_hook(config))
@@ -106,6 +107,11 @@ class RSO(torch.optim.Optimizer):
         self.boundary.materialize()
         self.boundary.check_replicas()
 
+    def _refuse_untrained(self) -> None:
+        selected = {id(p) for group in self.param_groups for p in group["params"]}
+        layers = {name: layer for name, layer in self.boundary.layers.items() if id(layer.B) in selected}
+        refuse_untrained(self._bare, layers, lambda layer: layer.B.grad is not None)
+
     def _step_solver(self) -> None:
         with self._masters.instead(self.solver):
             self._masters.take_gradients()
@@ -125,6 +131,9 @@ class RSO(torch.optim.Optimizer):
                 loss = closure()
         self._layout.begin_step()
         self.boundary.follow_loads()
+        if not self._stepped:
+            self._stepped = True
+            agreed(self._refuse_untrained, kind=RSOConversionError)
         lrs = [float(group["lr"]) for group in self.param_groups]
         self.step_was_applied = self._layout.finite(p for group in self.param_groups for p in group["params"])
         if self.step_was_applied:

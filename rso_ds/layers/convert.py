@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,22 +19,26 @@ from rso_ds.layers.foreign import refuse_foreign
 from rso_ds.layers.linear import RSOLinear
 from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, partition_as, whole
 from rso_ds.layers.shared_input import SharedInput
-from rso_ds.layers.targets import is_conv1d, matches, resolve_targets, shared_input_key
+from rso_ds.layers.targets import is_conv1d, matches, name_some, resolve_targets, select_targets, shared_input_key
 from rso_ds.layers.ties import tied_targets
 from rso_ds.saved import apply_lean, pass_on, remove_lean
 from rso_ds.subspace import Subspace
 from rso_ds.weights.merge import merged_weight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Conversion:
     """What ``convert`` did. ``layers`` maps names to layers in model order, tied ones once; ``replaced`` maps the
     id of each original weight Parameter to the B that is trained in its place. ``originals`` keeps those
-    weights alive, since the id of a freed one may be given to another parameter."""
+    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` maps the layers that
+    'targets' selects and that other code reads the weight of to the name of that code."""
 
     layers: dict[str, SubspaceLayer]
     replaced: dict[int, nn.Parameter]
     originals: list[nn.Parameter]
+    left_dense: dict[str, str]
 
 
 def convert(model: nn.Module, config: RSOConfig) -> Conversion:
@@ -42,8 +47,8 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
     the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
     the block becomes lean as ``config.lean`` says (``rso_ds.saved``). Layers whose weight the caller has frozen
-    stay as they are. Works on plain models, on the meta device, and on models built under
-    ``deepspeed.zero.Init``.
+    stay as they are, and so do those whose weight other code reads by itself, which a warning names. Works on plain
+    models, on the meta device, and on models built under ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
     layer's smaller side, or a target's weight is tied to another parameter's use; ``RSOUnsupportedError`` for a
@@ -52,7 +57,8 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     if any(True for _ in rso_layers(model)):
         raise RSOConversionError("the model has RSO layers already: convert a model once.")
     refuse_foreign(model)
-    names = [n for n in resolve_targets(model, config.targets) if model.get_submodule(n).weight.requires_grad]
+    selected, left_dense = select_targets(model, config.targets)
+    names = [n for n in selected if n not in left_dense and model.get_submodule(n).weight.requires_grad]
     if not names:
         raise RSOConversionError(
             "every layer that 'targets' selects is frozen (requires_grad is False): nothing to train in a subspace."
@@ -84,7 +90,15 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, tied.B)
         layer.__dict__["tied_to"] = tied
         _put(model, old, layer)
-    return Conversion({name: layers[name] for name in names}, replaced, originals)
+    if left_dense:
+        logger.warning(
+            "%d layers stay dense, since other code reads their weight by itself (%s), which would be W without B P^T:"
+            " %s.",
+            len(left_dense),
+            ", ".join(sorted(set(left_dense.values()))),
+            name_some(list(left_dense)),
+        )
+    return Conversion({name: layers[name] for name in names}, replaced, originals, left_dense)
 
 
 def target_subspaces(model: nn.Module, config: RSOConfig) -> dict[str, Subspace]:

@@ -1,8 +1,9 @@
-"""What must hold of a converted model before its first step: whatever came before, a run begins with B = 0."""
+"""What must hold of a converted model at its start: whatever came before, a run begins with B = 0, and its first step
+has a gradient for every B."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.base import SubspaceLayer, subspace_modules
 from rso_ds.layers.partitioned import local_part
+from rso_ds.layers.targets import name_some
 
 
 def begin_run(model: nn.Module, layers: Mapping[str, SubspaceLayer]) -> None:
@@ -47,3 +49,24 @@ def begin_run(model: nn.Module, layers: Mapping[str, SubspaceLayer]) -> None:
         module._copied = None
         if module.subspace.draw:
             module.subspace.move_to(0)
+
+
+def refuse_untrained(
+    model: nn.Module, layers: Mapping[str, SubspaceLayer], has_gradient: Callable[[SubspaceLayer], bool]
+) -> None:
+    """Raise ``RSOConversionError`` if a layer that trains has no gradient of B in a first step.
+
+    Its W is frozen, so that nothing would train it, then or later. A pass may rightly go by an expert to which no token
+    was routed, and by a layer that is dropped at random. Looks at this rank alone: ranks must agree on the outcome.
+    """
+    config = getattr(model, "config", None)
+    if any(getattr(config, f"{part}layerdrop", 0) for part in ("", "encoder_", "decoder_")):
+        return
+    idle = [name for name, layer in layers.items() if layer.B.requires_grad and not has_gradient(layer)]
+    idle = [name for name in idle if "expert" not in name.lower()]
+    if idle:
+        raise RSOConversionError(
+            f"the first step has no gradient for {name_some(idle)}: either the loss does not depend on"
+            f" {'them' if len(idle) > 1 else 'it'}, or other code reads the weight by itself, which is frozen. Leave"
+            f" {'them' if len(idle) > 1 else 'it'} out of 'targets', and whatever uses the weight trains it densely."
+        )

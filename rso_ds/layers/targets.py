@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from rso_ds.errors import RSOConversionError
+from rso_ds.layers.bypass import weight_readers
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -61,17 +62,28 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the layers of ``model`` that ``targets`` selects, in model order.
+    """Names of the layers of ``model`` that train in a subspace by ``targets``: ``select_targets`` without those left
+    dense."""
+    selected, left_dense = select_targets(model, targets)
+    return [name for name in selected if name not in left_dense]
+
+
+def select_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(names of the layers of ``model`` that ``targets`` selects, in model order; those of them that cannot train in a
+    subspace, since another module reads their weight, with the name of the function that does: ``weight_readers``).
 
     They are linear layers, and the input embedding if ``targets`` has the item "embeddings". Raises
-    ``RSOConversionError`` if nothing matches, if a pattern matches nothing, if 'default' is asked for a model
-    type that has no entry in ``DEFAULT_TARGETS``, or if the embedding or head is of a kind that cannot train in
-    a subspace.
+    ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that cannot train in a
+    subspace, if 'default' is asked for a model type that has no entry in ``DEFAULT_TARGETS``, or if the embedding or
+    head is of a kind that cannot train in a subspace.
     """
     candidates = [name for name, module in model.named_modules() if is_linear(module)]
     if targets == "all-linear":
         output = _at_place(model, "head")
-        return [n for n in candidates if model.get_submodule(n) is not output]
+        selected = [n for n in candidates if model.get_submodule(n) is not output]
+        left_dense = weight_readers(model, selected)
+        _refuse_readers("all-linear", selected, left_dense)
+        return selected, left_dense
     patterns: list[str] = []
     placed: set[str] = set()
     for item in ("default",) if targets == "default" else tuple(targets):
@@ -87,7 +99,28 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]
                 ' The token embedding is selected by the word "embeddings".'
             )
     chosen = {name for name in candidates if matches(name, patterns)} | placed
-    return [name for name, _ in model.named_modules() if name in chosen]
+    selected = [name for name, _ in model.named_modules() if name in chosen]
+    left_dense = weight_readers(model, selected)
+    for name in placed:
+        _refuse_readers(name, [name], left_dense)
+    for pattern in patterns:
+        _refuse_readers(pattern, [name for name in candidates if matches(name, (pattern,))], left_dense)
+    return selected, left_dense
+
+
+def _refuse_readers(pattern: str, names: Sequence[str], left_dense: Mapping[str, str]) -> None:
+    if names and all(name in left_dense for name in names):
+        raise RSOConversionError(
+            f"'targets': every layer that {pattern!r} selects ({name_some(names)}) stays dense, since"
+            f" {left_dense[names[0]]} reads its weight by itself, which is W without B P^T. Select other layers (these"
+            " train densely), or let that code call the layer."
+        )
+
+
+def name_some(names: Sequence[str], most: int = 6) -> str:
+    """``names`` in a sentence, not more than ``most`` of them."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def shared_input_key(name: str) -> tuple[str, tuple[str, ...]]:

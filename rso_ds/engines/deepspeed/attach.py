@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from rso_ds.boundary import Boundary
 from rso_ds.comm.counter import BACKWARD, install
+from rso_ds.comm.outcome import agreed
 from rso_ds.config import RSOConfig
 from rso_ds.engines.deepspeed.layout import deepspeed_layout
 from rso_ds.engines.deepspeed.loss_scale import explain_lowest_scale, scale_loss_at_stage_0
 from rso_ds.engines.deepspeed.saving import hook_checkpoints, hook_consolidated_saves
-from rso_ds.errors import RSOUnsupportedError
+from rso_ds.errors import RSOConversionError, RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer
 from rso_ds.layers.form import settle_form
+from rso_ds.layers.start import refuse_untrained
 from rso_ds.solvers.finite import gradients_finite
 from rso_ds.solvers.groups import IS_SUBSPACE, W_DECAY, proximal_hook
 
@@ -47,6 +49,7 @@ def attach(engine: Any, layers: Mapping[str, SubspaceLayer], config: RSOConfig, 
     explain_lowest_scale(engine)
     skip_nonfinite_steps(engine)
     _hook_step(engine, boundary, solver)
+    _look_at_first_gradients(engine, boundary)
     engine.checkpoints = hook_checkpoints(engine, layout, boundary)
     hook_consolidated_saves(engine)
     return boundary
@@ -114,5 +117,32 @@ def _hook_step(engine: Any, boundary: Boundary, solver: torch.optim.Optimizer) -
                 " set-up; remove the offload or overlap features of zero_optimization."
             )
         return result
+
+    engine.step = step
+
+
+def _look_at_first_gradients(engine: Any, boundary: Boundary) -> None:
+    """Refuse, at the first step of ``engine``, layers whose B the backward pass has gone by."""
+    trained = {
+        name: layer for name, layer in boundary.layers.items() if boundary.layout.solver_key(layer.B) is not None
+    }
+    reached: set[int] = set()  # DeepSpeed moves gradients into its buckets, and makes those of other parameters zero
+    hooks = [
+        layer.B.register_post_accumulate_grad_hook(partial(lambda key, _: reached.add(key), id(layer)))
+        for layer in trained.values()
+    ]
+    inner = engine.step
+
+    @wraps(inner)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if hooks and engine.is_gradient_accumulation_boundary():
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+            agreed(
+                lambda: refuse_untrained(engine.module, trained, lambda layer: id(layer) in reached),
+                kind=RSOConversionError,
+            )
+        return inner(*args, **kwargs)
 
     engine.step = step
