@@ -20,27 +20,16 @@ from typing import Any
 from torch import nn
 
 # What may be asked of a weight without using its values.
-_FACTS = frozenset(
-    ("device", "dim", "dtype", "element_size", "is_cuda", "is_floating_point", "is_meta", "ndim", "numel")
-    + ("requires_grad", "shape", "size", "stride")
-)
-_QUESTIONS = frozenset(("hasattr", "id", "isinstance", "len", "type"))
+_FACTS = {
+    *("device", "dim", "dtype", "element_size", "is_cuda", "is_floating_point", "is_meta", "ndim", "numel"),
+    *("requires_grad", "shape", "size", "stride"),
+}
+_QUESTIONS = {"hasattr", "id", "isinstance", "len", "type"}
 # Calls that give back the modules that they are given, or those inside.
-_PASSING = frozenset(
-    (
-        "children",
-        "enumerate",
-        "items",
-        "iter",
-        "list",
-        "modules",
-        "named_children",
-        "reversed",
-        "tuple",
-        "values",
-        "zip",
-    )
-)
+_PASSING = {
+    *("children", "enumerate", "items", "iter", "list", "modules", "named_children", "reversed", "tuple", "values"),
+    "zip",
+}
 
 Modules = tuple[nn.Module, ...]
 Names = dict[str, Modules]  # local names of a function that stand for modules
