@@ -32,7 +32,7 @@ from rso_ds.layers.partitioned import local_part
 from rso_ds.layout import Layout
 from rso_ds.solvers.carry_over import CARRY_OVER, rotation
 from rso_ds.solvers.cut_rows import carry_over_, collect_cut_rows
-from rso_ds.subspace import Subspace
+from rso_ds.subspace import GENERATOR_VERSIONS, Subspace
 from rso_ds.weights.refusals import refuse_merges
 from rso_ds.weights.rounding import Rounding
 
@@ -184,6 +184,7 @@ class Boundary:
             "decay": list(self._decay),
             "seed": self.config.seed,
             "sampler": self.config.sampler,
+            "generator": GENERATOR_VERSIONS[self.config.sampler],
             "interval": self.config.interval,
             "form": self.config.form,
             "layers": {

@@ -15,7 +15,7 @@ from typing import Any
 
 from rso_ds.errors import RSOConfigError
 
-SAMPLERS = ("haar", "gaussian", "coordinate")
+SAMPLERS = ("haar", "gaussian", "coordinate", "srht")
 SOLVERS = ("adamw", "adam", "sgd")
 CARRY_OVER_RULES = ("reset", "keep_second", "row_mean_second", "project")
 SECOND_MOMENT_RULES = ("keep_second", "row_mean_second")

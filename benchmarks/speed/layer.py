@@ -25,19 +25,23 @@ from torch import Tensor
 from rso_ds.layers import merge_, round_stochastically, subspace_linear
 from rso_ds.layers.functional import folded_linear, projected_input
 from rso_ds.subspace import sample_projection
+from rso_ds.subspace.transform import factor_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SAMPLERS = ("haar", "coordinate")
+SAMPLERS = ("haar", "srht", "coordinate")
 
 
-def floors(share: float) -> dict[str, float]:
-    """Operations as a share of a dense layer's 6 T in out, at r = ``share`` x in = ``share`` x out."""
+def floors(size: int, rank: int) -> dict[str, float]:
+    """Operations as a share of a dense layer's 6 T in out, at in = out = ``size``."""
+    share, factors = rank / size, sum(factor_sizes(size)) / size
     return {
         "dense": 1.0,
         "LoRA": (4 + 12 * share) / 6,
         "two-path, haar": (4 + 10 * share) / 6,
         "folded, haar": (4 + 4 * share) / 6,
+        "two-path, srht": (4 + 6 * share + 4 * factors) / 6,
+        "folded, srht": (4 + 2 * share + 2 * factors) / 6,
         "two-path, coordinate": (4 + 6 * share) / 6,
         "folded, coordinate": (4 + 2 * share) / 6,
     }
@@ -117,7 +121,7 @@ def measure(size: int, tokens: int, rank: int, dtype: str, repeats: int) -> list
         row: dict[str, Any] = {
             "size": size, "tokens": tokens, "rank": rank, "dtype": dtype, "way": name, "seconds": times,
             "share": statistics.median(shares), "low": min(shares), "high": max(shares),
-            "floor": floors(rank / size)[name],
+            "floor": floors(size, rank)[name],
         }  # fmt: skip
         if name.startswith("folded"):
             sampler = name.removeprefix("folded, ")

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 import rso_ds
+from rso_ds.config import SAMPLERS
 from rso_ds.models import LLAMA_SHAPES, llama_config
 from rso_ds.subspace import sample_projection
 
@@ -101,7 +102,7 @@ def draws(shapes: list[tuple[int, int]], repeats: int) -> list[dict[str, Any]]:
     found = []
     for in_features, rank in shapes:
         row: dict[str, Any] = {"in": in_features, "rank": rank}
-        for sampler in ("haar", "gaussian", "coordinate"):
+        for sampler in SAMPLERS:
             times = []
             for draw in range(repeats):
                 start = now()
@@ -159,13 +160,13 @@ def main() -> None:
         }
         for name, m in methods.items()
     ]
-    drawn = draws([(512, 128), (1024, 256), (4096, 1024)], 3)
+    drawn = draws([(512, 128), (1024, 256), (4096, 1024), (11008, 1024)], 3)
     name = torch.cuda.get_device_name() if CUDA else platform.machine()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(phase_table(rows), operator_table(rows), sep="\n\n")
-    print("\n| seconds to draw P | haar | gaussian | coordinate |\n|---|---|---|---|")
+    print("\n| seconds to draw P | " + " | ".join(SAMPLERS) + " |\n" + "|---" * (len(SAMPLERS) + 1) + "|")
     for d in drawn:
-        print(f"| {d['in']} x {d['rank']} | {d['haar']:.4f} | {d['gaussian']:.4f} | {d['coordinate']:.6f} |")
+        print(f"| {d['in']} x {d['rank']} | " + " | ".join(f"{d[sampler]:.6f}" for sampler in SAMPLERS) + " |")
     if args.json:
         setup = {k: v for k, v in vars(args).items() if k != "json"}
         found = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "setup": setup}

@@ -5,6 +5,7 @@
     skipped_steps    steps left out for gradients that were not finite
     decay            layer by layer, the decay of W since the last boundary, as a factor
     seed, sampler    of the configuration: with name and draw they give P
+    generator        version of the law by which the sampler makes P of them
     interval         of the configuration: applied steps from boundary to boundary
     form             "two_path" or "folded"
     layers           name -> [out, in, rank, name of the group that shares a P]
@@ -23,7 +24,7 @@ def check_boundary_state(state: dict[str, Any], mine: dict[str, Any], source: st
     """Raise ``RSOCheckpointError`` if ``state`` is not of this model and configuration, of which ``mine`` is the
     state; ``source`` names where it comes from. ``either_form``: the caller will let the boundary ``adopt`` a state of
     the other form."""
-    state = {"form": "two_path", **state}  # checkpoints from before there was a choice do not name it
+    state = {"form": "two_path", "generator": 1, **state}  # checkpoints from before there was a choice do not name it
     missing = sorted(set(mine) - set(state))
     if missing:
         raise RSOCheckpointError(f"{source}: damaged RSO state, no '{missing[0]}'.")
@@ -37,11 +38,12 @@ def check_boundary_state(state: dict[str, Any], mine: dict[str, Any], source: st
     for key, consequence in (
         ("seed", "P would not be the same"),
         ("sampler", "P would not be the same"),
+        ("generator", "P would not be the same: use the release of rso_ds that trained it"),
         ("interval", "the boundaries would not be the same"),
         ("form", "its B is part of W in one form and not in the other"),
     ):
         if state[key] != mine[key] and not (either_form and key == "form"):
             raise RSOCheckpointError(
-                f"{source} was trained with '{key}': {state[key]!r}, this run has {mine[key]!r}:"
-                f" {consequence}. Restore the key."
+                f"{source} was trained with '{key}': {state[key]!r}, this run has {mine[key]!r}: {consequence}"
+                f"{'' if key == 'generator' else '. Restore the key'}."
             )

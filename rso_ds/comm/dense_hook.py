@@ -29,7 +29,7 @@ class DenseSubspace(HookState):
 
     ``error_feedback``: each rank adds what its gradients lost to the next step's, in dense buffers.
     z P^T is then scaled by r / in to the orthogonal projection, since feedback of a longer estimate
-    diverges; it needs orthonormal P (haar, coordinate). Without it the estimate is unbiased and about
+    diverges; it needs orthonormal P (any sampler but gaussian). Without it the estimate is unbiased and about
     sqrt(in / r) times longer than the gradient: raise clipping thresholds, or use an adaptive optimizer.
 
         model = DistributedDataParallel(model)
@@ -41,7 +41,7 @@ class DenseSubspace(HookState):
 
     def __init__(self, model: nn.Module, config: RSOConfig, error_feedback: bool = False) -> None:
         if error_feedback and config.sampler == "gaussian":
-            raise RSOUnsupportedError("error_feedback needs orthonormal columns: use sampler haar or coordinate.")
+            raise RSOUnsupportedError("error_feedback needs orthonormal columns: use another sampler.")
         self.config = config
         self.error_feedback = error_feedback
         self.errors: dict[str, Tensor] = {}

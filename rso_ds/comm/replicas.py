@@ -31,7 +31,7 @@ def check_replicas(layout: Layout, subspaces: Sequence[Subspace], dense: Mapping
         raise RSOReplicaError(
             f"ranks hold different bits of {differing[0]} ({len(differing)} of {len(names)} tensors differ)"
             f" after {applied_steps} applied steps. Unlike hardware or thread counts can make the"
-            " orthogonalisation of sampler 'haar' differ: use equal nodes, or 'gaussian' or 'coordinate'."
+            " orthogonalisation of sampler 'haar' differ: use equal nodes, or another sampler."
             " If another tensor differs, memory or network has failed or code has changed it on some ranks only:"
             " continue from the last checkpoint."
         )

@@ -46,8 +46,8 @@ class Observer:
         draw, applied_steps    of the boundary
         subspace_grad_norm     norm of the gradient of all B in the step last watched
         merge_ratio            sqrt(sum ||B P^T||^2 / sum ||W||^2), Frobenius norms over all RSO layers, at the last
-                               boundary; ||B P^T||^2 = in/r ||B||^2, exact for "haar" and "coordinate", the
-                               expectation for "gaussian"; in the folded form B is that of the boundary's step alone
+                               boundary; ||B P^T||^2 = in/r ||B||^2, for "gaussian" in expectation, else exact;
+                               in the folded form B is that of the boundary's step alone
         """
         found: dict[str, int | float] = {"draw": self._boundary.draw, "applied_steps": self._boundary.applied_steps}
         if self._watching:

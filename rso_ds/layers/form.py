@@ -6,9 +6,10 @@ layer [out, in] with rank r and T tokens:
     the two-path form computes z B^T, dy B and (dy B) P^T besides      2 T r (2 out + in)
     the folded form merges B P^T into W at every step                  2 out in r
 
-With the coordinate sampler P costs nothing: 4 T r out against out r additions. An embedding computes alike in both
-forms, so that its merges save nothing. Into 16-bit W merges are computed in fp32, converted and rounded (of W whole,
-with coordinates of their columns), while the products that they save are 16-bit ones: ``LOW_PRECISION_*``.
+With the coordinate sampler P costs nothing: 4 T r out against out r additions. Where P is a transform (srht), a product
+with it costs ``rso_ds.subspace.transform_cost`` in place of r. An embedding computes alike in both forms, so that its
+merges save nothing. Into 16-bit W merges are computed in fp32, converted and rounded (of W whole, with coordinates of
+their columns), while the products that they save are 16-bit ones: ``LOW_PRECISION_*``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.layers import SubspaceLayer, subspace_modules
+from rso_ds.subspace import transform_cost
 
 # What a merge into 16-bit W costs in 16-bit operations: with dense P as a multiple of those of B P^T, with coordinates
 # for each element that changes. Measured with benchmarks/speed/layer.py on cores that have 16-bit products
@@ -80,12 +82,13 @@ def _operations(config: RSOConfig, shapes: Iterable[Shape], low_precision: bool)
     cost, saved = 0.0, 0.0
     coordinate = config.sampler == "coordinate"
     for s in shapes:
+        width = transform_cost(s.in_features, s.rank) if config.sampler == "srht" else s.rank
         if coordinate:
             cost += s.out_features * s.rank * (LOW_PRECISION_ELEMENT if low_precision else 1)
         else:
-            cost += 2 * s.out_features * s.in_features * s.rank * (LOW_PRECISION_MERGE if low_precision else 1)
+            cost += 2 * s.out_features * s.in_features * width * (LOW_PRECISION_MERGE if low_precision else 1)
         if s.linear:
-            saved += 2 * s.rank * (2 * s.out_features + (0 if coordinate else s.in_features))
+            saved += 2 * (2 * s.out_features * s.rank + (0 if coordinate else s.in_features * width))
     return cost, saved
 
 

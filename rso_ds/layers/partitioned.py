@@ -30,7 +30,7 @@ def flat_memory(tensor: Tensor) -> Tensor:
     """The memory of ``tensor`` as a vector. Raises ``RSOUnsupportedError`` where it does not lie in order."""
     if not tensor.is_contiguous():
         raise RSOUnsupportedError(
-            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be saved in pieces: make the"
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be taken in pieces: make the"
             " model's parameters contiguous (torch.contiguous_format) before the optimizer is built."
         )
     return tensor.detach().view(-1)

@@ -1,30 +1,63 @@
 """P as a linear map: what it does to inputs, gradients and weights.
 
-P is stored in one of two forms. Dense: a floating tensor [in, r]. Coordinates: an int64 tensor [r] of
-distinct indices, standing for sqrt(in/r) times those columns of the identity, so that x P is a gather
-and P occupies r integers. ``in`` is known from the tensors that P meets.
+P has one of three forms, told apart by dtype:
+
+    dense         floating [in, r]
+    coordinates   int64 [r]        distinct indices: sqrt(in/r) times those columns of the identity. x P is a gather.
+    transform     int32 [in + r]   +-1 for each input, then r distinct indices: sqrt(in/r) times those columns of D Q,
+                                   with D the diagonal of signs and Q of ``rso_ds.subspace.transform``. x P costs
+                                   tokens * in * (sum of a few sizes up to 64) instead of tokens * in * r.
+
+``in`` is known from the tensors that P meets.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from rso_ds.subspace.transform import transform
+
+_ELEMENTS_AT_ONCE = 1 << 22  # of temporaries between the factors of a transform
+
 
 def is_coordinates(P: Tensor) -> bool:
-    return not P.is_floating_point()
+    return P.dtype == torch.int64
+
+
+def is_transform(P: Tensor) -> bool:
+    return P.dtype == torch.int32
 
 
 def _scale(P: Tensor, in_features: int) -> float:
-    return math.sqrt(in_features / P.shape[0])
+    rank = P.shape[0] - in_features if is_transform(P) else P.shape[0]
+    return math.sqrt(in_features / rank)
+
+
+def _signs_and_columns(P: Tensor, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return P[:in_features].to(dtype), P[in_features:].long()
+
+
+def _pieces(x: Tensor, in_features: int) -> Iterator[slice]:
+    """Slices of the rows of x, of not more than ``_ELEMENTS_AT_ONCE`` elements of [rows, in]."""
+    rows = max(1, _ELEMENTS_AT_ONCE // in_features)
+    for start in range(0, x.shape[0], rows):
+        yield slice(start, start + rows)
 
 
 def project(x: Tensor, P: Tensor) -> Tensor:
     """x P: [tokens, in] -> [tokens, r], in x's dtype."""
     if is_coordinates(P):
         return x.index_select(1, P) * _scale(P, x.shape[1])
+    if is_transform(P):
+        signs, columns = _signs_and_columns(P, x.shape[1], x.dtype)
+        z = x.new_empty(x.shape[0], columns.shape[0])
+        for piece in _pieces(x, x.shape[1]):
+            z[piece] = transform(x[piece] * signs).index_select(1, columns) * _scale(P, x.shape[1])
+        return z
     return x @ P.to(x.dtype)
 
 
@@ -32,6 +65,10 @@ def lift(z: Tensor, P: Tensor, in_features: int) -> Tensor:
     """z P^T: [rows, r] -> [rows, in], in z's dtype."""
     if is_coordinates(P):
         return z.new_zeros(z.shape[0], in_features).index_copy_(1, P, coordinate_columns(z, P, in_features))
+    if is_transform(P):
+        signs, columns = _signs_and_columns(P, in_features, z.dtype)
+        full = z.new_zeros(z.shape[0], in_features).index_copy_(1, columns, z * _scale(P, in_features))
+        return transform(full, transposed=True).mul_(signs)
     return z @ P.to(z.dtype).t()
 
 
@@ -41,6 +78,11 @@ def add_lifted_(base: Tensor, z: Tensor, P: Tensor, beta: float = 1.0) -> Tensor
         base = base if beta == 1.0 else base.mul_(beta)
         # The coordinates are distinct. Along the last dimension index_add_ is several times slower on CPU.
         return base.scatter_add_(1, P.expand(z.shape), coordinate_columns(z, P, base.shape[1]))
+    if is_transform(P):
+        base = base if beta == 1.0 else base.mul_(beta)
+        for piece in _pieces(base, base.shape[1]):
+            base[piece] += lift(z[piece], P, base.shape[1])
+        return base
     return base.addmm_(z, P.to(z.dtype).t(), beta=beta)
 
 
@@ -50,15 +92,18 @@ def coordinate_columns(z: Tensor, P: Tensor, in_features: int) -> Tensor:
 
 
 def dense_projection(P: Tensor, in_features: int) -> Tensor:
-    """The matrix [in, r]: P itself, or its coordinates written out in fp64."""
-    if is_coordinates(P):
-        return lift(torch.eye(P.shape[0], dtype=torch.float64, device=P.device), P, in_features).t()
-    return P
+    """The matrix [in, r]: P itself, or what its indices stand for, written out in fp64."""
+    if P.is_floating_point():
+        return P
+    rank = P.shape[0] - in_features if is_transform(P) else P.shape[0]
+    return lift(torch.eye(rank, dtype=torch.float64, device=P.device), P, in_features).t()
 
 
 def overlap(P_old: Tensor, P_new: Tensor, in_features: int) -> Tensor:
-    """(r/in) P_old^T P_new [r, r], in fp32 (fp64 if P is): Q_old^T Q_new where P = sqrt(in/r) Q."""
+    """(r/in) P_old^T P_new [r, r], in fp32 (fp64 of transforms, and if P is): Q_old^T Q_new where P = sqrt(in/r) Q."""
     if is_coordinates(P_old):
         return (P_old[:, None] == P_new[None, :]).float()
+    if is_transform(P_old):
+        return project(dense_projection(P_old, in_features).t(), P_new) / _scale(P_old, in_features) ** 2
     dtype = torch.promote_types(P_old.dtype, torch.float32)
     return (P_old.to(dtype).t() @ P_new.to(dtype)) * (P_old.shape[1] / in_features)

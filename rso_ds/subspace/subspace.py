@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rso_ds.subspace.projection import is_coordinates
 from rso_ds.subspace.samplers import sample_projection
 
 
@@ -27,9 +26,9 @@ class Subspace:
         self.P: Tensor | None = None
 
     def sample(self, draw: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """P of any draw, without changing the current one: [in, rank] in ``dtype``, or coordinates [rank]."""
+        """P of any draw, without changing the current one: in ``dtype`` if it is dense."""
         p = sample_projection(self.sampler, self.seed, self.name, draw, self.in_features, self.rank, device)
-        return p if is_coordinates(p) else p.to(dtype)
+        return p.to(dtype) if p.is_floating_point() else p
 
     @torch.compiler.disable
     def _materialize(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -39,9 +38,9 @@ class Subspace:
         return self.P
 
     def projection(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The current P on ``device`` in ``dtype`` (or its coordinates), drawn if it is not there yet."""
+        """The current P on ``device`` in ``dtype`` (or the indices that stand for it), drawn if it is not there yet."""
         p = self.P
-        if p is None or p.device != device or (p.dtype != dtype and not is_coordinates(p)):
+        if p is None or p.device != device or (p.dtype != dtype and p.is_floating_point()):
             p = self._materialize(device, dtype)
         return p
 
@@ -51,7 +50,7 @@ class Subspace:
         An engine may compute in another dtype than the one in which it keeps W: the merge must use the
         values that the forward pass used.
         """
-        return self.projection(device, dtype if self.P is None or is_coordinates(self.P) else self.P.dtype)
+        return self.projection(device, self.P.dtype if self.P is not None and self.P.is_floating_point() else dtype)
 
     def move_to(self, draw: int, P: Tensor | None = None) -> None:
         """Make ``draw`` the current subspace; ``P`` is its projection if the caller has it already."""

@@ -105,9 +105,9 @@ def quick_cases() -> dict[str, dict[str, Any]]:
             model={**TIED, **ODD_VOCAB},
             claims={"form": "folded"},
         )
-        cases[f"{z}-fused-shared_by_shape-folded"] = case(
+        cases[f"{z}-fused-shared_by_shape-folded-srht"] = case(
             stage,
-            {**FOLDED, "torch_adam": False, "share_projection": "shape"},
+            {**FOLDED, "torch_adam": False, "share_projection": "shape", "sampler": "srht"},
             claims={"solver": "FusedAdam", "form": "folded"},
         )
         # One block will do: compiling is what takes the time.
@@ -163,6 +163,7 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
         cases[f"{z}-decay-proximal"] = case(stage, {"weight_decay": 0.1, "proximal": 0.3})
         cases[f"{z}-dense_lr-gaussian"] = case(stage, {"dense_lr": 3e-4, "sampler": "gaussian"})
         cases[f"{z}-adam-coordinate"] = case(stage, {"solver": "adam", "sampler": "coordinate"})
+        cases[f"{z}-srht-project"] = case(stage, {"sampler": "srht", "carry_over": "project"})
         cases[f"{z}-sgd"] = case(stage, {"solver": "sgd", "carry_over": "project", "lr": 1e-2})
         cases[f"{z}-fused"] = case(stage, {"torch_adam": False})
         cases[f"{z}-fused-reset"] = case(stage, {"torch_adam": False, "carry_over": "reset"})

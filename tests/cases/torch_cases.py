@@ -76,9 +76,9 @@ def quick_two_rank_cases() -> dict[str, dict[str, Any]]:
             {**FOLDED, **TOKENS, "sampler": "coordinate", "carry_over": "reset", "weight_decay": 0.1},
             model={"vocab": 63, "tie": True},
         )
-        cases[f"{engine}-shared_by_shape-stock_block-checkpointing-reentrant"] = case(
+        cases[f"{engine}-shared_by_shape-srht-stock_block-checkpointing-reentrant"] = case(
             engine,
-            {"share_projection": "shape", "carry_over": "project", "lean": "none"},
+            {"share_projection": "shape", "sampler": "srht", "carry_over": "project", "lean": "none"},
             checkpointing="reentrant",
         )
         cases[f"{engine}-folded-checkpointing"] = case(engine, FOLDED, checkpointing="non_reentrant", evaluate=True)
@@ -119,6 +119,7 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
         cases[f"{engine}-decay-proximal"] = case(engine, {"weight_decay": 0.1, "proximal": 0.3})
         cases[f"{engine}-dense_lr-gaussian"] = case(engine, {"dense_lr": 3e-4, "sampler": "gaussian"})
         cases[f"{engine}-adam-coordinate"] = case(engine, {"solver": "adam", "sampler": "coordinate"})
+        cases[f"{engine}-srht-project"] = case(engine, {"sampler": "srht", "carry_over": "project"})
         cases[f"{engine}-sgd"] = case(engine, {"solver": "sgd", "carry_over": "project", "lr": 1e-2})
         cases[f"{engine}-shared_by_shape"] = case(engine, {"share_projection": "shape", "carry_over": "project"})
         cases[f"{engine}-stock_block"] = case(engine, {"lean": "none"})

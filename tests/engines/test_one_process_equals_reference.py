@@ -6,6 +6,7 @@ from reference.rso import Settings, train
 from torch import nn
 
 import rso_ds
+from rso_ds.subspace import is_transform, sample_projection
 
 STEPS, INTERVAL, RANK = 14, 3, 3
 GROUPS = {"q_proj+k_proj": ["q_proj", "k_proj"], "out": ["out"]}
@@ -58,12 +59,29 @@ CASES = {
     "folded_coordinate": {"form": "folded", "sampler": "coordinate", "carry_over": "project"},
     "folded_decay": {"form": "folded", "weight_decay": 0.1},
     "folded_sgd": {"form": "folded", "solver": "sgd", "carry_over": "project", "lr": 1e-2},
+    "srht": {"sampler": "srht"},
+}
+WITHOUT_A_MATRIX = {
+    "project": {"carry_over": "project"},
+    "folded": {"form": "folded"},
+    "decay_proximal": {"weight_decay": 0.1, "proximal": 0.2},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_reference(case):
-    options = {"lr": 1e-2, "eps": 1e-6, "interval": INTERVAL, **CASES[case]}
+    equals_reference(CASES[case])
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_MATRIX)
+def test_equals_reference_where_srht_stores_no_matrix(case, monkeypatch):
+    monkeypatch.setattr("rso_ds.subspace.samplers.transform_cost", lambda in_features, rank: 0)
+    assert is_transform(sample_projection("srht", 0, "out", 0, 6, RANK))
+    equals_reference({"sampler": "srht", **WITHOUT_A_MATRIX[case]})
+
+
+def equals_reference(options):
+    options = {"lr": 1e-2, "eps": 1e-6, "interval": INTERVAL, **options}
     expected = train(build(), Settings(groups=GROUPS, rank=RANK, **options), loss_of, [[data(i)] for i in range(STEPS)])
     model = build()
     config = rso_ds.RSOConfig(rank=RANK, targets=["q_proj", "k_proj", "out"], **options)

@@ -39,7 +39,10 @@ def test_every_key_says_what_it_is():
         ({"rank_ratio": 0}, "'rank_ratio' must be above 0"),
         ({"rank_ratio": 1.5}, r"'rank_ratio' must be in \[0, 1\]"),
         ({"interval": 0}, "'interval' must be an integer of at least 1, got 0"),
-        ({"sampler": "har"}, "'sampler' must be one of haar, gaussian, coordinate, got 'har'. Did you mean 'haar'?"),
+        (
+            {"sampler": "har"},
+            "'sampler' must be one of haar, gaussian, coordinate, srht, got 'har'. Did you mean 'haar'?",
+        ),
         ({"carry_over": "keep"}, "'carry_over' must be one of reset"),
         ({"solver": "lion"}, "'solver' must be one of adamw, adam, sgd"),
         ({"solver": "sgd"}, "'solver': 'sgd' has none"),

@@ -41,6 +41,21 @@ def test_products_are_those_of_the_closed_form(form, sampler):
     assert counted.get_total_flops() == 2 * TOKENS * expected
 
 
+@pytest.mark.parametrize("form", ["two_path", "folded"])
+def test_without_a_matrix_a_product_with_P_costs_the_sum_of_the_factors(form, monkeypatch):
+    monkeypatch.setattr("rso_ds.subspace.samplers.transform_cost", lambda in_features, rank: 0)
+    model = converted(form, "srht")
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **options: mm_flop(a, b)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted, Made() as made:
+        backward(model)
+    through_p = IN * (2 + 11)  # 22 = 2 * 11
+    expected = 2 * IN * OUT + OUT * RANK + through_p
+    if form == "two_path":
+        expected += 2 * OUT * RANK + through_p
+    assert counted.get_total_flops() == 2 * TOKENS * expected
+    assert not {tuple(sorted(shape)) for shape in made.shapes} & {tuple(sorted((OUT, IN))), tuple(sorted((IN, RANK)))}
+
+
 class Made(TorchDispatchMode):
     """Shapes of every tensor with memory of its own that an operator returns."""
 

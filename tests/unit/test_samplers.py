@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from rso_ds.config import SAMPLERS
-from rso_ds.subspace import Subspace, dense_projection, projection_seed, sample_projection
+from rso_ds.subspace import (
+    GENERATOR_VERSIONS,
+    Subspace,
+    add_lifted_,
+    dense_projection,
+    is_transform,
+    lift,
+    overlap,
+    project,
+    projection_seed,
+    sample_projection,
+)
+from rso_ds.subspace.counter import random_bits
+from rso_ds.subspace.transform import columns_of_q, transform
 
 IN, RANK, DRAWS = 12, 4, 4000
 
@@ -23,10 +36,12 @@ def test_second_moment_is_the_identity(sampler):
     assert (error <= 5 * samples.std(0) / math.sqrt(DRAWS) + 1e-6).all()
 
 
-@pytest.mark.parametrize("sampler", ["haar", "coordinate"])
-def test_columns_are_orthogonal_of_length_sqrt_in_over_rank(sampler):
-    p = draw(sampler, 0, 96, 32)
-    torch.testing.assert_close(p.t() @ p, 3.0 * torch.eye(32), atol=2e-5, rtol=0)
+@pytest.mark.parametrize("sampler", ["haar", "coordinate", "srht"])
+@pytest.mark.parametrize("shape", [(96, 32), (7, 3), (64, 64), (172, 43), (1024, 256)])
+def test_columns_are_orthogonal_of_length_sqrt_in_over_rank(sampler, shape):
+    p = draw(sampler, 0, *shape)
+    n, rank = shape
+    torch.testing.assert_close(p.t() @ p, n / rank * torch.eye(rank), atol=2e-5, rtol=0)
 
 
 def test_gaussian_entries_have_variance_one_over_rank():
@@ -90,3 +105,96 @@ def test_the_merge_uses_the_p_of_the_forward_pass():
     used = subspace.projection(torch.device("cpu"), torch.bfloat16)
     assert subspace.current(torch.device("cpu"), torch.float32) is used
     assert Subspace("x", 16, 4, "haar", 0).current(torch.device("cpu"), torch.float32).dtype == torch.float32
+
+
+def test_bits_of_the_counter_are_those_of_splitmix64():
+    """The published sequence of seed 1234567, and the same elements by their number alone."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    bits = random_bits(1234567, 0, 4)
+    assert [int(b) & (2**64 - 1) for b in bits] == published
+    assert torch.equal(random_bits(1234567, 2, 2), bits[2:])
+
+
+def test_draws_of_srht_are_pinned():
+    """A changed draw would silently change every resumed run: who changes it raises GENERATOR_VERSIONS."""
+    assert GENERATOR_VERSIONS["srht"] == 1
+    signs = [[-1, -1], [-1, 1], [1, 1], [1, -1], [1, 1], [-1, 1], [-1, -1], [-1, 1]]
+    expected = torch.tensor(signs) * math.sqrt(0.5)
+    torch.testing.assert_close(sample_projection("srht", 0, "layer", 1, 8, 2), expected, atol=1e-7, rtol=0)
+    stored = sample_projection("srht", 0, "layer", 1, 128, 49)
+    assert stored[:8].tolist() == [-1, 1, 1, 1, 1, 1, 1, -1]
+    assert stored[128:136].tolist() == [0, 1, 2, 7, 16, 21, 24, 25]
+
+
+def reference_q(n):
+    """Kronecker product of Sylvester's Hadamard matrices and of the orthonormal DCT-II, in float64."""
+    q = torch.ones(1, 1, dtype=torch.float64)
+    while n % 2 == 0:
+        q = torch.kron(q, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2))
+        n //= 2
+    dct = torch.empty(n, n, dtype=torch.float64)
+    for i in range(n):
+        for k in range(n):
+            dct[i, k] = math.cos(math.pi * (2 * i + 1) * k / (2 * n)) * math.sqrt((2 if k else 1) / n)
+    return torch.kron(q, dct)
+
+
+SIZES = [1, 2, 6, 8, 43, 96, 128, 172, 512, 2048]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_the_transform_is_the_kronecker_product(n):
+    q = reference_q(n)
+    torch.testing.assert_close(q.t() @ q, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
+    x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(transform(x), x @ q, atol=1e-12, rtol=0)
+    torch.testing.assert_close(transform(x, transposed=True), x @ q.t(), atol=1e-12, rtol=0)
+    columns = torch.arange(0, n, 3)
+    torch.testing.assert_close(columns_of_q(n, columns), q[:, columns].float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "rank"), [(256, 96), (512, 128), (1024, 512), (1376, 344)])
+def test_without_a_matrix_every_product_is_that_of_the_matrix(n, rank):
+    """The three products with P, the overlap, and the law: signs times the chosen columns of Q."""
+    P = sample_projection("srht", 3, "g", 2, n, rank)
+    assert is_transform(P)
+    assert P.numel() == n + rank
+    signs, columns = P[:n].double(), P[n:].long()
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert len(set(columns.tolist())) == rank
+    matrix = math.sqrt(n / rank) * signs[:, None] * reference_q(n)[:, columns]
+    torch.testing.assert_close(dense_projection(P, n), matrix, atol=1e-12, rtol=0)
+    generator = torch.Generator().manual_seed(1)
+    x, z = (torch.randn(5, size, dtype=torch.float64, generator=generator) for size in (n, rank))
+    torch.testing.assert_close(project(x, P), x @ matrix, atol=1e-11, rtol=0)
+    torch.testing.assert_close(lift(z, P, n), z @ matrix.t(), atol=1e-11, rtol=0)
+    torch.testing.assert_close(add_lifted_(x.clone(), z, P, beta=0.5), 0.5 * x + z @ matrix.t(), atol=1e-11, rtol=0)
+    other = sample_projection("srht", 3, "g", 3, n, rank)
+    turn = dense_projection(P, n).t() @ dense_projection(other, n) * (rank / n)
+    torch.testing.assert_close(overlap(P, other, n).double(), turn, atol=1e-5, rtol=0)
+
+
+def test_a_product_in_pieces_is_the_product(monkeypatch):
+    P = sample_projection("srht", 0, "g", 0, 256, 96)
+    x, z = torch.randn(50, 256), torch.randn(50, 96)
+    whole = project(x, P), add_lifted_(x.clone(), z, P)
+    monkeypatch.setattr("rso_ds.subspace.projection._ELEMENTS_AT_ONCE", 3 * 256)
+    torch.testing.assert_close(project(x, P), whole[0])
+    torch.testing.assert_close(add_lifted_(x.clone(), z, P), whole[1])
+
+
+def test_second_moment_of_the_transform_is_the_identity():
+    """E[P P^T] = I where no matrix is stored, as the first test has it where one is."""
+    eye = torch.eye(128)
+    draws = [sample_projection("srht", 0, "g", k, 128, 80) for k in range(400)]
+    assert all(map(is_transform, draws))
+    samples = torch.stack([lift(project(eye, P), P, 128) for P in draws]).double()
+    error = (samples.mean(0) - eye).abs()
+    assert (error <= 5 * samples.std(0) / math.sqrt(len(draws)) + 1e-6).all()
+
+
+def test_sixteen_bits_keep_the_transform_of_a_power_of_two_exact():
+    P = sample_projection("srht", 0, "g", 0, 1024, 256)
+    x = torch.zeros(4, 1024, dtype=torch.bfloat16)
+    x[range(4), [0, 1, 500, 1023]] = 1.0
+    assert torch.equal(project(x, P).double(), dense_projection(P, 1024)[[0, 1, 500, 1023]])

@@ -44,6 +44,15 @@ def test_whole_model_is_one_graph(form, sampler, lean):
     assert counter.frame_count == 1
 
 
+def test_a_projection_without_a_matrix_is_one_graph_too(monkeypatch):
+    monkeypatch.setattr("rso_ds.subspace.samplers.transform_cost", lambda in_features, rank: 0)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    got = train(lambda model: torch.compile(model, fullgraph=True, backend=counter), form="two_path", sampler="srht")
+    torch.testing.assert_close(got, train(lambda model: model, form="two_path", sampler="srht"), rtol=1e-5, atol=0)
+    assert counter.frame_count == 1
+
+
 def test_blocks_share_one_graph():
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

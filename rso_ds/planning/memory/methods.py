@@ -13,7 +13,6 @@ from rso_ds.layers import convert, rso_layers
 from rso_ds.layers.targets import is_conv1d, resolve_targets
 from rso_ds.planning.memory.states import Sizes
 from rso_ds.planning.memory.trace import block_names
-from rso_ds.subspace import is_coordinates
 
 METHODS = ("rso", "adamw", "lora", "galore")
 
@@ -86,7 +85,7 @@ def _count_rso(model: nn.Module) -> Sizes:
     p = 0
     for layer in spaces:
         P = layer.projection()
-        p += P.numel() * (8 if is_coordinates(P) else P.element_size())
+        p += P.numel() * P.element_size()
     base = _count_dense(model)
     return Sizes(
         frozen=base.frozen,
