@@ -205,6 +205,11 @@ class Boundary:
             subspace.move_to(self.draw)
         self.materialize()
 
+    def restart(self) -> None:
+        """Begin a run: no step has been applied, the subspaces are the first. W and B are as they are."""
+        fresh = {"applied_steps": 0, "draw": 0, "skipped_steps": 0, "decay": [1.0] * len(self.layers)}
+        self.load_state_dict(fresh)
+
     def adopt(self, state: dict[str, Any]) -> None:
         """After W and B have been loaded too: fold what a state of the two-path form has in B. (The other way
         nothing is to be done: B is 0.)"""

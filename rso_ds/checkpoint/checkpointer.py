@@ -16,6 +16,7 @@ from rso_ds.checkpoint.folder import Retention
 from rso_ds.checkpoint.model_files import write_model_files
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors, load_pieces, save_pieces
+from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.checkpoint.training_state import TrainingState
 from rso_ds.checkpoint.transaction import read_checkpoint, serialized, write_checkpoint
 from rso_ds.comm.counter import install
@@ -125,13 +126,21 @@ class Checkpointer:
             pending.result()
 
     def load(
-        self, folder: str | Path, tag: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
+        self,
+        folder: str | Path,
+        tag: str | None = None,
+        check: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        solver: bool = True,
+        extras: bool = True,
     ) -> tuple[Path, dict[str, Any]]:
         """Continue from ``folder/tag`` (None: the latest). Returns its path and client state.
 
-        Everything is compared, by ``check`` too, which is handed the client state, and every checksum verified
-        before anything changes. Raises ``RSOCheckpointError`` on every rank for a checkpoint that is damaged,
-        incomplete, or of another model, solver or configuration.
+        Without ``solver`` the solver's moments and count of steps begin at zero and its kind is this run's; its rates
+        come along with the schedule that sets them. Without ``extras`` those stay as they are. Everything else is
+        compared, by ``check`` too, which is handed the client state, and every checksum verified before anything
+        changes. Raises ``RSOCheckpointError`` on every rank for a checkpoint that is damaged, incomplete, or of another
+        model, solver or configuration.
         """
         self.wait()
         path, state, extra = read_checkpoint(folder, tag)
@@ -139,24 +148,40 @@ class Checkpointer:
             agreed(lambda: check(extra["client"]))
         with self._state.at_rest():
             mine = self._state.describe()
-            agreed(lambda: self._check(state, mine, extra, path))
-            targets = agreed(lambda: self._state.targets(StoredTensors(path)))
+            agreed(lambda: self._state.check(state, mine, str(path), solver))
+            if extras:
+                agreed(lambda: self._check_extras(extra, path))
+            targets = agreed(lambda: self._state.targets(StoredTensors(path), solver))
             agreed(lambda: load_pieces(targets, path))
-            self._state.loaded(state)
+            self._state.loaded(state, solver, rates=solver or (extras and bool(self._extras)))
         self._state.adopt(state)
-        for name, part in self._extras.items():
+        agreed(lambda: self._load_extras(extra, extras))
+        return path, extra["client"]
+
+    def load_weights(self, folder: str | Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
+        """Begin a new run with the effective weights W + B P^T of ``folder/tag``, and its buffers, alone.
+
+        The checkpoint may be of another rank, seed, solver or number of ranks, and of a run without RSO. Returns its
+        path and client state; raises ``RSOCheckpointError`` on every rank if it is damaged or of another model.
+        """
+        self.wait()
+        path, state, extra = read_checkpoint(folder, tag)
+        with self._state.at_rest():
+            agreed(lambda: self._state.start_from(StoredModel(path, state)))
+        return path, extra["client"]
+
+    def _load_extras(self, extra: dict[str, Any], extras: bool) -> None:
+        for name, part in self._extras.items() if extras else ():
             part.load_state_dict(extra["extras"][name])
         for name, part in self._own.items():
             part.load_state_dict(extra["own"].get(name, {}))
-        return path, extra["client"]
 
     def _extra(self, client_state: Mapping[str, Any] | None) -> bytes:
         extras = {name: dict(part.state_dict()) for name, part in self._extras.items()}
         own = {name: dict(part.state_dict()) for name, part in self._own.items()}
         return serialized({"client": dict(client_state or {}), "extras": extras, "own": own})
 
-    def _check(self, state: dict[str, Any], mine: dict[str, Any], extra: dict[str, Any], path: Path) -> None:
-        self._state.check(state, mine, str(path))
+    def _check_extras(self, extra: dict[str, Any], path: Path) -> None:
         theirs, ours = set(extra["extras"]), set(self._extras)
         if theirs != ours:
             name = sorted(theirs ^ ours)[0]

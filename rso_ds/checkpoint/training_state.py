@@ -27,6 +27,7 @@ from rso_ds.checkpoint.boundary_state import check_boundary_state
 from rso_ds.checkpoint.dense import dense_description
 from rso_ds.checkpoint.pieces import Piece
 from rso_ds.checkpoint.storage import StoredTensors
+from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.comm.outcome import rank_of, ranks_of
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import rso_layers
@@ -81,9 +82,9 @@ class TrainingState:
         named = {n: [list(full_shape(p)), _dtype(p), p.requires_grad] for n, p in self.module.named_parameters()}
         return named | {n: [list(b.shape), _dtype(b), False] for n, b in self._buffers()}
 
-    def check(self, state: dict[str, Any], mine: dict[str, Any], source: str) -> None:
-        """Raise ``RSOCheckpointError`` if ``state`` is not of this model, solver and configuration, of which ``mine``
-        is what ``describe`` says."""
+    def check(self, state: dict[str, Any], mine: dict[str, Any], source: str, solver: bool = True) -> None:
+        """Raise ``RSOCheckpointError`` if ``state`` is not of this model, solver (which may differ if not ``solver``)
+        and configuration, of which ``mine`` is what ``describe`` says."""
         missing = sorted(set(mine) - set(state))
         if missing:
             raise RSOCheckpointError(f"{source}: damaged state, no '{missing[0]}'.")
@@ -99,11 +100,12 @@ class TrainingState:
                 f"{source} is of another model or precision: '{name}' is [shape, dtype, trainable]"
                 f" {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here."
             )
-        if state["solver"] != mine["solver"]:
+        if solver and state["solver"] != mine["solver"]:
             raise RSOCheckpointError(
                 f"{source} was trained with solver '{state['solver']}', this run has '{mine['solver']}': use the same."
             )
-        for key, what in (("groups", "parameter groups"), ("replicas", "replicas that step apart")):
+        counted = {"groups": "parameter groups"} if solver else {}
+        for key, what in {**counted, "replicas": "replicas that step apart"}.items():
             here, there = (x if isinstance(x, int) else len(x) for x in (mine[key], state[key]))
             if here != there:
                 raise RSOCheckpointError(f"{source} has {there} {what}, this run {here}: use the same.")
@@ -146,9 +148,9 @@ class TrainingState:
             found[name] = Piece(tuple(value.shape), 0, value)
         return {name: piece for name, piece in found.items() if math.prod(piece.shape)}
 
-    def targets(self, stored: StoredTensors) -> dict[str, list[Piece]]:
+    def targets(self, stored: StoredTensors, solver: bool = True) -> dict[str, list[Piece]]:
         """The memory of this rank that ``stored`` is to fill. Call it ``at_rest``; it allocates solver state, and drops
-        fp32 masters of W."""
+        fp32 masters of W. Without ``solver`` its moments are none of it, and become zero."""
         self.layout.forget_masters()
         found: dict[str, list[Piece]] = {}
         keeps = self.layout.keeps()
@@ -164,13 +166,13 @@ class TrainingState:
                     found[f"outer.{name}"] = [Piece(shape, *self.layout.kept_rows("outer_momentum", param))]
                 continue
             prefix = self._prefix()
-            if f"{prefix}moment1.{name}" in stored:
+            if solver and f"{prefix}moment1.{name}" in stored:
                 self.layout.prepare_solver(param)
             part = self.layout.solver_part(param)
             found[f"{prefix}model.{name}"] = [copy, *(Piece(shape, part.start, m) for m in part.masters)]
             for key, moment in (("moment1", part.first), ("moment2", part.second)):
                 if moment is not None:
-                    if f"{prefix}{key}.{name}" in stored:
+                    if solver and f"{prefix}{key}.{name}" in stored:
                         found[f"{prefix}{key}.{name}"] = [Piece(shape, part.start, moment)]
                     else:
                         moment.zero_()  # saved before the first step
@@ -187,21 +189,66 @@ class TrainingState:
                 )
         return found
 
-    def loaded(self, state: dict[str, Any]) -> None:
-        """Set the plain values, after ``targets`` have been filled, still ``at_rest``."""
+    def loaded(self, state: dict[str, Any], solver: bool, rates: bool) -> None:
+        """Set the plain values, after ``targets`` have been filled, still ``at_rest``: the solver's counts of steps, or
+        zero without ``solver``, and the ``rates`` of its groups, if these are as many."""
         trainable = self._trainable()
-        steps = [state["steps"].get(name, 0) for name, _ in trainable]
-        if self.layout.replicas > 1:
+        steps = [state["steps"].get(name, 0) if solver else 0 for name, _ in trainable]
+        if solver and self.layout.replicas > 1:
             steps = self._plain[f"{self._prefix()}steps"].tolist()
         for (_, param), step in zip(trainable, steps, strict=True):
             self.layout.set_solver_step(param, step)
-        for group, saved in zip(self.layout.solver.param_groups, state["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in group})
+        groups = self.layout.solver.param_groups
+        if rates and len(groups) == len(state["groups"]):
+            for group, saved in zip(groups, state["groups"], strict=True):
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in group})
         _set_random_state(self._plain)
         self.layout.reloaded()
         if self.boundary is not None:
             self.boundary.load_state_dict(state["rso"])
             self.boundary.check_replicas()
+
+    @torch.no_grad()
+    def start_from(self, model: StoredModel) -> None:
+        """Take over the effective weights and the buffers of ``model``, and begin a run with them: the first subspace,
+        B and all that the solver keeps zero. Call it ``at_rest``. Raises ``RSOCheckpointError`` before anything
+        changes if ``model`` is another one."""
+        layers = dict(rso_layers(self.module))
+        new = {f"{name}.B" for name in layers}
+        turned = {f"{name}.weight" for name, layer in layers.items() if layer.kind == "conv1d"}
+        there = {name: model.shape(name) for name in (*model.names(), *model.tied)}
+        for name, param in self.module.named_parameters():
+            shape = full_shape(param)[::-1] if name in turned else full_shape(param)
+            if name not in new and there.get(name) != shape:
+                raise RSOCheckpointError(
+                    f"{model.path} is of another model: '{name}' is {list(there.get(name, ())) or 'absent'} there and"
+                    f" {list(shape)} here."
+                )
+        self.layout.forget_masters()
+        for name, param in self.module.named_parameters():
+            if name in new:
+                value = torch.zeros(math.prod(full_shape(param)), dtype=param.dtype)
+            else:
+                value = model.value(name)
+                value = (value.t() if name in turned else value).reshape(-1)
+            copies = [self.layout.model_part(param)]
+            if self._trains(param):
+                part = self.layout.solver_part(param)
+                copies += [(part.start, master) for master in part.masters]
+                for moment in (part.first, part.second):
+                    if moment is not None:
+                        moment.zero_()
+                self.layout.set_solver_step(param, 0)
+            elif id(param) in self._weights and "outer_momentum" in self.layout.keeps():
+                self.layout.kept_rows("outer_momentum", param)[1].zero_()
+            for start, flat in copies:
+                flat.copy_(value[start : start + flat.numel()])
+        for name, buffer in self._buffers():
+            if name in there:
+                buffer.copy_(model.value(name))
+        self.layout.reloaded()
+        if self.boundary is not None:
+            self.boundary.restart()
 
     def adopt(self, state: dict[str, Any]) -> None:
         """After ``loaded``, no longer ``at_rest``."""

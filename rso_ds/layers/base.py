@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers.partitioned import is_partitioned, local_part, partition_as
 from rso_ds.layers.state_dict import effective_weight, zero_b
@@ -36,6 +37,7 @@ class SubspaceLayer(nn.Module):
     bias: nn.Parameter | None
     was_meta = False  # memory has been given to it since, which somebody has to fill
     was_loaded = ""  # "dense" or "raw" (with a B): load_state_dict was called since the optimizer last looked
+    converted_with: RSOConfig | None = None
     tied_to: SubspaceLayer | None = None  # held past nn.Module, whose child it is not
     _copied: int | None = None  # in a deep copy, the version of its B then
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,13 +82,13 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         shared = _shared_input(model, members, config)
         for name in members:
             old = model.get_submodule(name)
-            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, form)
+            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, form, config)
             originals.append(old.weight)  # type: ignore[arg-type]
             replaced[id(old.weight)] = layer.B
             _put(model, old, layer)
     for name, first in ties.items():
         old, tied = model.get_submodule(name), layers[first]
-        layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, tied.B)
+        layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, config, tied.B)
         layer.__dict__["tied_to"] = tied
         _put(model, old, layer)
     if left_dense:
@@ -117,17 +118,24 @@ def target_subspaces(model: nn.Module, config: RSOConfig) -> dict[str, Subspace]
     return result
 
 
+# Keys that act when a model is converted and at no other time.
+_AT_CONVERSION = ("targets", "share_projection", "dense", "lean")
+
+
 def check_conversion(layers: Mapping[str, SubspaceLayer], config: RSOConfig) -> None:
     """Raise ``RSOConversionError`` if ``layers`` were converted with another configuration than ``config``."""
     for name, layer in layers.items():
-        for key, owner in (
-            ("sampler", layer.subspace),
-            ("seed", layer.subspace),
-            ("rank", layer.subspace),
-            ("form", layer),
-        ):
-            wanted, found = getattr(config, key), getattr(owner, key)
-            if wanted is not None and wanted != found:
+        pairs: list[tuple[str, Any, Any]] = [
+            ("sampler", layer.subspace.sampler, config.sampler),
+            ("seed", layer.subspace.seed, config.seed),
+            ("rank", layer.subspace.rank, layer.subspace.rank if config.rank is None else config.rank),
+            ("form", layer.form, config.form or layer.form),
+        ]
+        with_ = layer.converted_with
+        keys = () if with_ is None else _AT_CONVERSION if config.rank is not None else ("rank_ratio", *_AT_CONVERSION)
+        pairs += [(key, getattr(with_, key), getattr(config, key)) for key in keys]
+        for key, found, wanted in pairs:
+            if wanted != found:
                 raise RSOConversionError(
                     f"layer '{name}' was converted with '{key}': {found!r}, the configuration says {wanted!r}:"
                     " convert the model with the configuration that it trains with."
@@ -223,6 +231,7 @@ def _replacement(
     subspace: Subspace,
     shared: SharedInput,
     form: str,
+    config: RSOConfig,
     B: nn.Parameter | None = None,
 ) -> SubspaceLayer:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
@@ -237,7 +246,7 @@ def _replacement(
                 turned = nn.Parameter(weight.detach().t().contiguous())
             weight = partition_as(turned, weight)
         layer = RSOLinear(weight, old.bias, in_features, out_features, subspace, shared, conv1d, B)  # type: ignore[arg-type]
-    layer.form = form
+    layer.form, layer.converted_with = form, config
     layer.train(old.training)
     pass_on(old, layer)
     return layer

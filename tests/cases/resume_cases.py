@@ -59,6 +59,7 @@ def two_rank_cases() -> dict[str, dict]:
         )
     for engine in ("zero2", "zero3", "ddp", "fsdp2"):
         cases[f"{engine}-folded"] = case(engine, {"form": "folded"})
+    cases["zero1-rank3"] = case("zero1", {"rank": 3, "seed": 5, "sampler": "srht"})
     cases["ddp-local"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.3})
     cases["fsdp2-bf16"] = case("fsdp2", precision="bf16")
     return cases

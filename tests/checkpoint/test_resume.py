@@ -79,3 +79,43 @@ def test_one_run_over_1_2_4_and_1_ranks(runs, chain):
     assert largest(losses, straight["losses"]) <= TOLERANCE["fp32"]
     gap = max((w - parts[-1]["weights"][n]).abs().max() for n, w in straight["weights"].items())
     assert gap <= 10 * TOLERANCE["fp32"]
+
+
+WEIGHTS = [
+    *((name, name) for name in ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2", "zero2-bf16")),
+    ("zero3-bf16-masters", "zero3-bf16-masters"), ("zero3-tokens-project", "fsdp2"),
+    ("fsdp2", "zero3-tokens-project"), ("ddp-local", "zero2-folded"),
+    ("ddp-sgd", "ddp-local"), ("zero3", "zero1-rank3"),
+]  # fmt: skip
+QUICK_WEIGHTS = {("zero2", "zero2"), ("zero3-tokens-project", "fsdp2"), ("fsdp2", "zero3-tokens-project")}
+UNSOLVED = [
+    *((name, name) for name in ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2", "zero3-bf16")),
+    ("zero3", "zero3-sgd"), ("zero1-sgd", "ddp"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "target"), quick(WEIGHTS, QUICK_WEIGHTS))
+def test_a_run_begins_with_the_weights_of_another(runs, source, target):
+    """``load_module_only``: as if the model had had them from the start, whatever method and engine they are from."""
+    got = runs.partly("weights", source, target)
+    assert got["losses"] == got["expected"]["losses"]
+    assert [n for n, w in got["weights"].items() if not torch.equal(w, got["expected"]["weights"][n])] == []
+
+
+@pytest.mark.parametrize(("source", "target"), quick(UNSOLVED, {("zero3", "zero3"), ("zero1-sgd", "ddp")}))
+def test_all_but_the_solvers_state_goes_on(runs, source, target):
+    """``load_optimizer_states=False``: subspace, B and schedule go on, the solver of this run begins."""
+    got = runs.partly("unsolved", source, target)
+    if source == target:
+        assert got["losses"] == got["expected"]["losses"]
+        assert [n for n, w in got["weights"].items() if not torch.equal(w, got["expected"]["weights"][n])] == []
+    straight = runs.saved(source)
+    assert got["losses"] != straight["losses"][SAVE:]
+    assert got["losses"][0] == pytest.approx(straight["losses"][SAVE], abs=1e-4)
+    assert got["draw"] == straight["draw"]
+
+
+@pytest.mark.parametrize("name", quick(["zero0", "zero3"], {"zero0"}))
+def test_the_schedule_may_stay_as_it_is(runs, name):
+    """``load_lr_scheduler_states=False``."""
+    assert runs.schedule(name) == {"kept": True, "moved": True}

@@ -181,11 +181,33 @@ def test_state_of_another_rank_is_refused():
         optimizer(3).load_state_dict(optimizer(2).state_dict())
 
 
-@pytest.mark.parametrize("changed", [{"rank": 2}, {"sampler": "gaussian"}, {"seed": 1}])
-def test_model_converted_with_another_configuration_is_refused(changed):
+@pytest.mark.parametrize(
+    ("key", "value", "also"),
+    [
+        ("rank", 2, {}),
+        ("sampler", "gaussian", {}),
+        ("seed", 1, {}),
+        ("rank_ratio", 0.5, {"rank": None}),
+        ("targets", ("q_proj", "k_proj"), {}),
+        ("targets", "all-linear", {}),
+        ("share_projection", "shape", {}),
+        ("dense", "none", {}),
+        ("lean", "none", {}),
+    ],
+)
+def test_model_converted_with_another_configuration_is_refused(key, value, also):
     model = build()
     settings = {"rank": 3, "targets": ["q_proj"]}
     rso_ds.convert(model, rso_ds.RSOConfig(**settings))
-    key, value = next(iter(changed.items()))
-    with pytest.raises(rso_ds.RSOConversionError, match=f"'{key}': .*, the configuration says {value!r}"):
-        rso_ds.RSO(model, rso_ds.RSOConfig(**{**settings, **changed}))
+    with pytest.raises(rso_ds.RSOConversionError) as refused:
+        rso_ds.RSO(model, rso_ds.RSOConfig(**{**settings, key: value, **also}))
+    assert f"'{key}': " in str(refused.value)
+    assert f"the configuration says {value!r}" in str(refused.value)
+
+
+def test_what_conversion_does_not_use_may_change():
+    model = build()
+    rso_ds.convert(model, rso_ds.RSOConfig(rank=3, targets=["q_proj"]))
+    rso_ds.RSO(
+        model, rso_ds.RSOConfig(rank=3, targets=["q_proj"], lr=1.0, interval=2, solver="sgd", carry_over="reset")
+    )

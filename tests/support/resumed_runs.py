@@ -28,6 +28,15 @@ class Runs:
         name = source if target is None else f"{source} -> {target}"
         return self._resuming[4 if source in FOUR else 2][f"resume {name}"]
 
+    def partly(self, act: str, source: str, target: str) -> dict[str, Any]:
+        """What of ``source`` is taken into a run of ``target``: "weights", or all "unsolved", without the solver's."""
+        self.saved(source)
+        return self._resuming[2][f"{act} {source} -> {target}"]
+
+    def schedule(self, source: str) -> dict[str, Any]:
+        self.saved(source)
+        return self._resuming[2][f"schedule {source}"]
+
     def chain(self, name: str) -> list[dict[str, Any]]:
         """The parts of a run, one after the other, each in other processes than the one before."""
         return [

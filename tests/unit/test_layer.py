@@ -136,7 +136,7 @@ def test_gradient_checkpointing(use_reentrant):
 
 def test_compiles_whole_and_not_again_at_a_boundary():
     model, x = converted(std=0.0), torch.randn(4, IN)
-    config = rso_ds.RSOConfig(rank=RANK, interval=1)
+    config = rso_ds.RSOConfig(rank=RANK, targets="all-linear", interval=1)
     optimizer = rso_ds.RSO(model, config)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -222,7 +222,7 @@ def test_coordinates_move_their_columns_alone(master):
 
 def test_stochastic_rounding_of_fp16_weights_is_refused():
     model = converted(torch.float16, std=0.0)
-    config = rso_ds.RSOConfig(rank=RANK, merge_rounding="stochastic")
+    config = rso_ds.RSOConfig(rank=RANK, targets="all-linear", merge_rounding="stochastic")
     with pytest.raises(rso_ds.RSOUnsupportedError, match="is for bf16 weights and these are fp16"):
         rso_ds.RSO(model, config)
 

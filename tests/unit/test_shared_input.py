@@ -169,7 +169,7 @@ def test_gradient_checkpointing_is_bitwise_the_same(use_reentrant):
 @pytest.mark.parametrize("sampler", ["haar", "coordinate"])
 def test_compiles_whole_and_not_again_at_a_boundary(sampler):
     model, x = model_of(sampler=sampler, dtype=torch.float32, std=0.0), inputs(torch.float32)
-    optimizer = rso_ds.RSO(model, rso_ds.RSOConfig(rank=RANK, interval=1, sampler=sampler))
+    optimizer = rso_ds.RSO(model, rso_ds.RSOConfig(rank=RANK, targets="all-linear", interval=1, sampler=sampler))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(3):

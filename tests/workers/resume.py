@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rso_ds
 from rso_ds.checkpoint import dense_state_dict
+from rso_ds.checkpoint.stored_model import StoredModel
+from rso_ds.checkpoint.transaction import read_checkpoint
 
 CASES = two_rank_cases() | four_rank_cases()
 SCHEDULE = {"warmup_min_lr": 1e-4, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear"}
@@ -35,10 +37,12 @@ CLIP = 0.5
 class Run:
     """A run under any engine: ``steps``, ``checkpoints``, ``weights``."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, weights=None):
         self.spec, self.world = spec, dist.get_world_size()
         self.micro = GLOBAL_BATCH // self.world
         self.model = tiny_llama.build(spec["intermediate"])
+        if weights is not None:
+            self.model.load_state_dict(weights)
         for module in self.model.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = spec["dropout"]
@@ -136,6 +140,64 @@ def resume(folder, source, target):
     return run.finish(run.steps(SAVE, STEPS), client=client)
 
 
+def solver_memory(run):
+    """The moments that this rank holds, and the solver's counts of steps."""
+    state = run.checkpoints._state
+    moments = [piece.flat for name, piece in state.pieces().items() if "moment" in name.partition(".")[0]]
+    return moments, [state.layout.solver_step(param) for _, param in state._trainable()]
+
+
+def solver_forgotten(folder, source, target):
+    """Loaded without the solver's state; or wholly (where the target is the source), and then deprived of it."""
+    run = Run(CASES[target])
+    run.steps(0, 2)
+    run.checkpoints.load(folder / "ck" / source, solver=False)
+    moments, steps = solver_memory(run)
+    assert moments
+    assert not any(moment.any() for moment in moments)
+    assert not any(steps)
+    losses = run.steps(SAVE, STEPS)
+    if target != source:
+        return run.finish(losses)
+    other = Run(CASES[target])
+    other.checkpoints.load(folder / "ck" / source)
+    for moment in solver_memory(other)[0]:
+        moment.zero_()
+    for _, param in other.checkpoints._state._trainable():
+        other.checkpoints._state.layout.set_solver_step(param, 0)
+    return run.finish(losses, expected=other.finish(other.steps(SAVE, STEPS)))
+
+
+def weights_taken(folder, source, target):
+    """A run that begins with the weights of a checkpoint, and one whose model has them from the start."""
+    path, state, _ = read_checkpoint(folder / "ck" / source)
+    stored = StoredModel(path, state)
+    expected = Run(CASES[target], {name: stored.value(name) for name in stored.names()})
+    losses = expected.steps(SAVE, STEPS)
+    expected = expected.finish(losses)
+    run = Run(CASES[target])
+    run.steps(0, 4)
+    run.checkpoints.load_weights(folder / "ck" / source)
+    moments, steps = solver_memory(run)
+    assert moments
+    assert not any(moment.any() for moment in moments)
+    assert not any(steps)
+    assert (run.boundary.applied_steps, run.boundary.draw) == (0, 0)
+    again = Run(CASES[target])
+    again.checkpoints.load_weights(folder / "ck" / source)
+    return again.finish(again.steps(SAVE, STEPS), expected=expected)
+
+
+def schedule_kept(folder, source):
+    """``load_lr_scheduler_states=False`` of DeepSpeed's own method."""
+    run = Run(CASES[source])
+    before = run.engine.lr_scheduler.state_dict()
+    run.engine.load_checkpoint(str(folder / "ck" / source), load_lr_scheduler_states=False)
+    kept = run.engine.lr_scheduler.state_dict() == before
+    run.engine.load_checkpoint(str(folder / "ck" / source))
+    return {"kept": kept, "moved": run.engine.lr_scheduler.state_dict() != before}
+
+
 def link(folder, chain, index):
     """One part of a chain of runs on different numbers of ranks."""
     run = Run(case(CHAINS[chain][index]))
@@ -149,7 +211,8 @@ def link(folder, chain, index):
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:
-    """``case``: "save NAME", "resume NAME", "resume SAVED -> NAME" or "N of CHAIN", the Nth part of a run."""
+    """``case``: "save NAME", "resume NAME", "resume SAVED -> NAME", "weights SAVED -> NAME", "unsolved SAVED -> NAME",
+    "schedule NAME", or "N of CHAIN", the Nth part of a run."""
     act, _, name = case.partition(" ")
     with fp16_on_any_cpu():
         if act == "save":
@@ -157,4 +220,9 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         if act == "resume":
             source, _, target = name.partition(" -> ")
             return resume(folder, source, target or source)
+        if act == "schedule":
+            return schedule_kept(folder, name)
+        if act in ("weights", "unsolved"):
+            source, _, target = name.partition(" -> ")
+            return (weights_taken if act == "weights" else solver_forgotten)(folder, source, target)
         return link(folder, name.removeprefix("of "), int(act))

@@ -66,14 +66,20 @@ def hook_checkpoints(engine: Any, layout: Layout, boundary: Boundary) -> Checkpo
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str, dict[str, Any]]:
-        """As DeepSpeed's, for whole runs; see ``rso_ds.checkpoint.Checkpointer.load``."""
-        partly = load_module_only or custom_load_fn is not None or not load_optimizer_states
-        if partly or not load_lr_scheduler_states:
+        """As DeepSpeed's. Whole runs: ``rso_ds.checkpoint.Checkpointer.load``; ``load_module_only`` begins a new run
+        with the checkpoint's effective weights: ``load_weights``."""
+        if custom_load_fn is not None:
             raise RSOUnsupportedError(
-                "load_checkpoint continues a whole run. To begin a new one from its weights: rso-ds export CHECKPOINT"
-                " OUT, then load OUT as the model."
+                "custom_load_fn is not supported: rso-ds export CHECKPOINT OUT writes the dense model, which loads in"
+                " any way."
             )
-        path, client = checkpoints.load(load_dir, None if tag is None else str(tag))
+        tag = None if tag is None else str(tag)
+        if load_module_only:
+            path, client = checkpoints.load_weights(load_dir, tag)
+        else:
+            path, client = checkpoints.load(
+                load_dir, tag, solver=load_optimizer_states, extras=load_lr_scheduler_states
+            )
         return str(path), client
 
     def save_16bit_model(
