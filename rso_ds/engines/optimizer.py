@@ -21,6 +21,7 @@ from rso_ds.comm.outcome import agreed
 from rso_ds.config import RSOConfig
 from rso_ds.engines.ddp import replicated_layout
 from rso_ds.engines.fsdp2 import FSDPLayout, is_sharded, refuse_fsdp1
+from rso_ds.engines.used_gradients import mark_used, refuse_unused
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
 from rso_ds.layers import check_conversion, rso_layers
 from rso_ds.layers.form import settle_form
@@ -140,6 +141,7 @@ class RSO(torch.optim.Optimizer):
             self._step_solver()
         else:
             self.boundary.skipped_steps += 1
+        mark_used(p for group in self.param_groups for p in group["params"])
         if self.step_was_applied or self._layout.replicas > 1:
             self.boundary.step_applied(lrs)
         return loss
@@ -157,7 +159,9 @@ class RSO(torch.optim.Optimizer):
     def checkpointer(self, **extras: Any) -> Checkpointer:
         """Saves and loads the whole run: model, solver, boundary, random state, and each of ``extras`` (objects
         with state_dict and load_state_dict, say ``scheduler=scheduler``). Every rank makes one."""
-        return Checkpointer(TrainingState(self._bare, self._layout, self.boundary), extras)
+        state = TrainingState(self._bare, self._layout, self.boundary)
+        params = [p for group in self.param_groups for p in group["params"]]
+        return Checkpointer(state, extras, ready=lambda: refuse_unused(params))
 
     def follow_solver(self) -> None:
         """Show the solver's groups and state as this optimizer's own; needed after they were loaded into it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rso_ds.subspace import add_lifted_, coordinate_columns, is_coordinates
+from rso_ds.weights.precision import full_precision
 
 
 def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0, in_place: bool = False) -> Tensor:
@@ -17,7 +18,8 @@ def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0, in_p
     rows will do. ``in_place``: the result may be ``weight`` itself, if it is of that dtype.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return add_lifted_(weight.to(dtype, copy=not in_place), B.to(dtype), P, beta=decay)
+    with full_precision():
+        return add_lifted_(weight.to(dtype, copy=not in_place), B.to(dtype), P, beta=decay)
 
 
 def merge_(weight: Tensor, B: Tensor, P: Tensor, decay: float, rounded: Callable[[Tensor], Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rso_ds.subspace import add_lifted_
+from rso_ds.weights.precision import full_precision
 
 
 class OuterMomentum:
@@ -26,5 +27,6 @@ class OuterMomentum:
     def merge(self, name: str, weight_rows: Tensor, B_rows: Tensor, P: Tensor, decay: float) -> Tensor:
         """The new W in fp32 (fp64 if W is); shapes as in ``merged_weight``."""
         dtype = torch.promote_types(weight_rows.dtype, torch.float32)
-        update = add_lifted_(self.rows[name], B_rows.to(dtype), P, beta=self.momentum)
+        with full_precision():
+            update = add_lifted_(self.rows[name], B_rows.to(dtype), P, beta=self.momentum)
         return decay * weight_rows.to(dtype) + update

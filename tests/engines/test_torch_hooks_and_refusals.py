@@ -59,6 +59,14 @@ def test_refused_on_every_rank(results, name):
         assert message.startswith("RSO")
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_gradients_that_no_step_has_used_are_not_left_behind_by_a_save(results, engine):
+    for said in results.ranks(f"unused gradients: {engine}"):
+        unused = {when for when, message in said.items() if "no optimizer step has used yet" in message}
+        assert unused == {"after a backward pass", "added to what a step has used", "of one rank"}
+        assert {message for when, message in said.items() if when not in unused} == {"NOT REFUSED"}
+
+
 def test_every_attempt_has_its_message():
     from workers.torch_refusals import REFUSED
 

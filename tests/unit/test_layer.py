@@ -13,6 +13,7 @@ import rso_ds
 from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.layers import merge_, merged_weight, subspace_linear
 from rso_ds.planning.memory.trace import LiveBytes
+from rso_ds.weights import merge, outer_momentum
 from rso_ds.weights.masters import WeightMasters
 
 TOKENS, IN, OUT, RANK = 6, 10, 8, 3
@@ -238,3 +239,33 @@ def test_stochastic_rounding_is_unbiased_and_exact_on_representable_values():
         mean = rso_ds.layers.round_stochastically(wide, g).float().flatten()[part::4].mean()
         torch.testing.assert_close(mean, wide[0, 0], atol=5e-5, rtol=0)
     assert len(many[:, 1].unique()) == 2
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_merge_is_of_fp32_whatever_the_program_allows(allowed, outer, monkeypatch):
+    """TF32 and bf16 products are for forward and backward: the setting is the program's again afterwards."""
+    module = outer_momentum if outer else merge
+    seen = []
+
+    def settings():
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+    inner = module.add_lifted_
+    monkeypatch.setattr(module, "add_lifted_", lambda *a, **k: seen.append(settings()) or inner(*a, **k))
+    weight, B, P = torch.zeros(3, 4), torch.ones(3, 2), torch.ones(4, 2)
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        before = settings()
+        if outer:
+            outer_momentum.OuterMomentum(0.5, {"x": weight}).merge("x", weight, B, P, 1.0)
+        else:
+            merge.merged_weight(weight, B, P)
+        assert seen == [("ieee", "ieee")]
+        assert settings() == before
+        assert torch.get_float32_matmul_precision() == allowed
+        with pytest.raises(RuntimeError):
+            merge.merged_weight(weight, B, torch.ones(5, 2))
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -257,6 +257,40 @@ def one_poisoned_replica(folder):
     }
 
 
+def unused_gradients(wrap, folder):
+    """What saves say, by situation, on this rank."""
+    model = wrap(converted())
+    optimizer = rso_ds.RSO(model, CONFIG)
+    checkpoints = optimizer.checkpointer()
+    said = {}
+
+    def backward():
+        tiny_llama.loss_of(model, tiny_llama.tokens(0, 2)).backward()
+
+    def save(when):
+        said[when] = message_of(lambda: checkpoints.save(folder, when.replace(" ", "_")))
+
+    save("before all")
+    backward()
+    save("after a backward pass")
+    backward()
+    optimizer.step()
+    save("after a step")
+    backward()
+    save("added to what a step has used")
+    optimizer.zero_grad()
+    save("dropped")
+    backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    save("set to zero")
+    if dist.get_rank() == 1:
+        grad = next(p.grad for p in model.parameters() if p.grad is not None)
+        (grad if wrap is DistributedDataParallel else grad._local_tensor).add_(1)
+    save("of one rank")
+    return said
+
+
 def unequal_code():
     real = agreement.code_digest
     agreement.code_digest = lambda: f"{dist.get_rank():016x}"
@@ -332,12 +366,15 @@ def message_of(attempt):
 
 
 def run(case: str, folder: Path) -> Any:
-    """``case``: "refused: NAME", "dense hook: NAME", "one poisoned replica" or "module mode"."""
+    """``case``: "refused: NAME", "dense hook: NAME", "unused gradients: ENGINE", "one poisoned replica" or
+    "module mode"."""
     if case == "one poisoned replica":
         return one_poisoned_replica(folder / "poisoned")
     if case == "module mode":
         return same_as_module_mode()
     kind, _, name = case.partition(": ")
+    if kind == "unused gradients":
+        return unused_gradients({"ddp": DistributedDataParallel, "fsdp2": fully_shard}[name], folder / f"unused-{name}")
     if kind == "refused":
         return message_of(REFUSED[name])
     make, options, feedback = DENSE_HOOK[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from rso_ds.engines.used_gradients import UNUSED
 from rso_ds.errors import RSOUnsupportedError
 
 
@@ -39,7 +40,4 @@ class PendingGradients:
     def refuse(self) -> None:
         """Raise ``RSOUnsupportedError`` if there are any."""
         if self.pending:
-            raise RSOUnsupportedError(
-                "there are gradients of micro batches that no optimizer step has used yet, and gradients are not"
-                " saved: save after the step that they make up."
-            )
+            raise RSOUnsupportedError(UNUSED)
