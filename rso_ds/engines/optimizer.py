@@ -185,7 +185,10 @@ class RSO(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "rso" not in state_dict:
-            raise RSOCheckpointError("the optimizer state has no 'rso' entry: it was not saved by RSO.")
+            raise RSOCheckpointError(
+                "the optimizer state has no 'rso' entry: it was not saved by RSO, or went through torch's functions for"
+                " distributed state dicts, which keep what they know alone. Save and load by optimizer.checkpointer()."
+            )
         check_boundary_state(state_dict["rso"], self.boundary.state_dict(), "the optimizer state")
         mine, theirs = set(self._kept_rows()), set(state_dict.get("rso_rows", {}))
         if mine != theirs:
