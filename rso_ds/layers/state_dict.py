@@ -17,13 +17,14 @@ _shown: WeakValueDictionary[tuple[int, ...], Tensor] = WeakValueDictionary()
 
 @torch.no_grad()
 def effective_weight(weight: Tensor, B: Tensor, projection: Callable[[], Tensor], draw: int) -> Tensor:
-    """W + B P^T [out, in] in the dtype of W, merged in fp32 and rounded once; ``weight`` itself where B is zero.
+    """W + B P^T [out, in] in the dtype of W, merged in fp32 and rounded once; ``weight`` itself where B is zero or
+    has no memory yet.
 
     ``projection`` gives the current P [in, r] or coordinates [r], which is that of ``draw``. Under FSDP2 the rows of
     this rank: nothing is sent.
     """
     rows, b_rows = (t.to_local() if isinstance(t, DTensor) else t for t in (weight.detach(), B.detach()))
-    if not b_rows.any():
+    if b_rows.is_meta or not b_rows.any():
         return weight
     key = (id(weight), weight._version, id(B), B._version, draw)
     shown = _shown.get(key)

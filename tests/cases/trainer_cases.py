@@ -96,7 +96,8 @@ def cases() -> dict[str, dict[str, Any]]:
         add(engine, engine)
         # FSDP2 gives the loss itself in bf16, whose last digit at 4.3 is worth 0.016.
         add(f"{engine}-bf16", engine, 2e-2 if engine == "fsdp2" else 1e-2, bf16=True)
-    add("ddp-compiled", "ddp", torch_compile=True, torch_compile_backend="eager")
+    for engine in ("ddp", "fsdp2"):
+        add(f"{engine}-compiled", engine, torch_compile=True, torch_compile_backend="eager")
     for engine in ("zero2", "ddp", "fsdp2"):
         add(f"{engine}-accumulation", engine, gradient_accumulation_steps=2)
     for engine in ("zero2", "zero3", "ddp", "fsdp2"):

@@ -44,8 +44,9 @@ def test_training_equals_the_reference(results, name):
     tolerance = spec["tolerance"]
     assert got["draw"] == 4
     if "stage" not in spec:
-        fsdp = ("FSDPLayout", "FSDPLlamaForCausalLM")
-        ddp = ("ReplicatedLayout", "OptimizedModule" if "compiled" in name else "DistributedDataParallel")
+        compiled = "compiled" in name
+        fsdp = ("FSDPLayout", "FSDPOptimizedModule" if compiled else "FSDPLlamaForCausalLM")
+        ddp = ("ReplicatedLayout", "OptimizedModule" if compiled else "DistributedDataParallel")
         wrappers = fsdp if "fsdp" in name else ddp
         assert (got["layout"], got["wrapper"]) == wrappers
     assert largest(got["losses"], expected.losses) < tolerance

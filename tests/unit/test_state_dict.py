@@ -150,3 +150,23 @@ def test_the_model_can_be_pickled(kind):
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.train()(input_ids=IDS, labels=IDS).logits is None  # the lean loss is there
     assert type(loaded).__name__ == type(model).__name__
+
+
+@pytest.mark.parametrize("form", ["two_path", "folded"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_without_memory_shows_the_dense_shapes_and_takes_what_is_assigned(kind, form):
+    """Programs that build on the meta device read state_dict() to know what to load, then assign it."""
+    torch.manual_seed(0)
+    dense = MODELS[kind]().eval()
+    with torch.device("meta"):
+        model = MODELS[kind]().eval()
+    rso_ds.convert(model, rso_ds.RSOConfig(rank=4, form=form))
+    shown = model.state_dict()
+    assert {n: t.shape for n, t in shown.items()} == {n: t.shape for n, t in dense.state_dict().items()}
+    assert all(t.is_meta for t in shown.values())
+    model.load_state_dict(dense.state_dict(), assign=True)
+    if kind == "llama":
+        model.model.rotary_emb = dense.model.rotary_emb  # its buffers are in no state dict
+    else:
+        model.tie_weights()
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits)
