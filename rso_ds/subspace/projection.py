@@ -14,14 +14,11 @@ P has one of three forms, told apart by dtype:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from rso_ds.subspace.transform import transform
-
-_ELEMENTS_AT_ONCE = 1 << 22  # of temporaries between the factors of a transform
+from rso_ds.subspace.transform import factors, transform
 
 
 def is_coordinates(P: Tensor) -> bool:
@@ -41,11 +38,11 @@ def _signs_and_columns(P: Tensor, in_features: int, dtype: torch.dtype) -> tuple
     return P[:in_features].to(dtype), P[in_features:].long()
 
 
-def _pieces(x: Tensor, in_features: int) -> Iterator[slice]:
-    """Slices of the rows of x, of not more than ``_ELEMENTS_AT_ONCE`` elements of [rows, in]."""
-    rows = max(1, _ELEMENTS_AT_ONCE // in_features)
-    for start in range(0, x.shape[0], rows):
-        yield slice(start, start + rows)
+def pieces(rows: int, in_features: int, device: str) -> list[slice]:
+    """Slices of ``rows`` rows, between whose factors of a transform the temporaries stay small: in a CPU's caches, or
+    below 64 MiB in fp32 on another ``device``."""
+    step = max(1, (1 << 20 if device == "cpu" else 1 << 24) // in_features)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def project(x: Tensor, P: Tensor) -> Tensor:
@@ -55,8 +52,9 @@ def project(x: Tensor, P: Tensor) -> Tensor:
     if is_transform(P):
         signs, columns = _signs_and_columns(P, x.shape[1], x.dtype)
         z = x.new_empty(x.shape[0], columns.shape[0])
-        for piece in _pieces(x, x.shape[1]):
-            z[piece] = transform(x[piece] * signs).index_select(1, columns) * _scale(P, x.shape[1])
+        q = factors(x.shape[1], x.dtype, x.device)
+        for piece in pieces(x.shape[0], x.shape[1], x.device.type):
+            z[piece] = transform(x[piece] * signs, q).index_select(1, columns) * _scale(P, x.shape[1])
         return z
     return x @ P.to(x.dtype)
 
@@ -66,9 +64,7 @@ def lift(z: Tensor, P: Tensor, in_features: int) -> Tensor:
     if is_coordinates(P):
         return z.new_zeros(z.shape[0], in_features).index_copy_(1, P, coordinate_columns(z, P, in_features))
     if is_transform(P):
-        signs, columns = _signs_and_columns(P, in_features, z.dtype)
-        full = z.new_zeros(z.shape[0], in_features).index_copy_(1, columns, z * _scale(P, in_features))
-        return transform(full, transposed=True).mul_(signs)
+        return add_lifted_(z.new_zeros(z.shape[0], in_features), z, P)
     return z @ P.to(z.dtype).t()
 
 
@@ -80,8 +76,12 @@ def add_lifted_(base: Tensor, z: Tensor, P: Tensor, beta: float = 1.0) -> Tensor
         return base.scatter_add_(1, P.expand(z.shape), coordinate_columns(z, P, base.shape[1]))
     if is_transform(P):
         base = base if beta == 1.0 else base.mul_(beta)
-        for piece in _pieces(base, base.shape[1]):
-            base[piece] += lift(z[piece], P, base.shape[1])
+        signs, columns = _signs_and_columns(P, base.shape[1], z.dtype)
+        scale = _scale(P, base.shape[1])
+        q = factors(base.shape[1], z.dtype, z.device)
+        for piece in pieces(base.shape[0], base.shape[1], base.device.type):
+            full = torch.zeros_like(base[piece]).index_copy_(1, columns, z[piece])
+            base[piece].addcmul_(transform(full, q, transposed=True), signs, value=scale)
         return base
     return base.addmm_(z, P.to(z.dtype).t(), beta=beta)
 

@@ -8,6 +8,7 @@ of two, so that 16 bits hold it exactly; C is cast to the dtype of its product.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,14 +50,35 @@ def _scale(sizes: list[int]) -> float:
     return 2.0 ** (-odd / 2)
 
 
-def transform(x: Tensor, transposed: bool = False) -> Tensor:
-    """x Q, or x Q^T: [rows, n] in x's dtype, which the products between the factors are rounded to."""
+def factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The factors of Q for ``transform``: made once for each dtype and device, where tensors are real ones."""
+    sizes = factor_sizes(n)
+    if torch.compiler.is_compiling():  # constants of the graph, which must not depend on what has been made by then
+        return [_factor(size, device).to(dtype) for size in sizes]
+    made = [_made.get((size, dtype, device)) for size in sizes]
+    return [f for f in made if f is not None] if None not in made else _new_factors(n, dtype, device)
+
+
+_made: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _new_factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    sizes = factor_sizes(n)
+    with torch.inference_mode(False), torch.no_grad():  # the first use may be an evaluation
+        new = [_factor(size, device).to(dtype) for size in sizes]
+    if all(type(f) is Tensor for f in new):  # in a trace of memory they are stand-ins
+        _made.update({(size, dtype, device): f for size, f in zip(sizes, new, strict=True)})
+    return new
+
+
+def transform(x: Tensor, factors: Sequence[Tensor], transposed: bool = False) -> Tensor:
+    """x Q, or x Q^T, with the ``factors`` of Q: [rows, n] in x's dtype, which the products between the factors are
+    rounded to."""
     rows, n = x.shape
     rest = n
-    sizes = factor_sizes(n)
-    for size in sizes:
+    sizes = [f.shape[0] for f in factors]
+    for size, f in zip(sizes, factors, strict=True):
         rest //= size
-        f = _factor(size, x.device).to(x.dtype)
         f = f.t() if transposed else f
         x = x.reshape(-1, size) @ f if rest == 1 else f.t() @ x.reshape(-1, size, rest)
     return x.reshape(rows, n) * _scale(sizes)

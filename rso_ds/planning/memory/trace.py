@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from rso_ds.planning.memory.kept import Kept, KeptRecorder
 from rso_ds.saved import loss as lean_loss
+from rso_ds.subspace import projection
 
 TRACED_CHUNKS = 3
 
@@ -192,8 +193,11 @@ def _no_materialised_mask() -> Iterator[None]:
 
 @contextmanager
 def _few_chunks() -> Iterator[None]:
-    """A small model's loss has hundreds of equal chunks. Each needs what the second does, which still finds
-    what the first has left."""
-    every = lean_loss.chunks
-    with patch.object(lean_loss, "chunks", lambda *sizes: every(*sizes)[:TRACED_CHUNKS]):
+    """A small model's loss has hundreds of equal chunks, and a product with a projection that is no matrix has several
+    equal pieces, on an accelerator. Each needs what the second does, which still finds what the first has left."""
+    every, pieces = lean_loss.chunks, projection.pieces
+    with (
+        patch.object(lean_loss, "chunks", lambda *sizes: every(*sizes)[:TRACED_CHUNKS]),
+        patch.object(projection, "pieces", lambda rows, n, _: pieces(rows, n, "cuda")[:TRACED_CHUNKS]),
+    ):
         yield
