@@ -52,7 +52,7 @@ def project(x: Tensor, P: Tensor) -> Tensor:
     if is_transform(P):
         signs, columns = _signs_and_columns(P, x.shape[1], x.dtype)
         z = x.new_empty(x.shape[0], columns.shape[0])
-        q = factors(x.shape[1], x.dtype, x.device)
+        q = factors(x.shape[1], z)
         for piece in pieces(x.shape[0], x.shape[1], x.device.type):
             z[piece] = transform(x[piece] * signs, q).index_select(1, columns) * _scale(P, x.shape[1])
         return z
@@ -78,7 +78,7 @@ def add_lifted_(base: Tensor, z: Tensor, P: Tensor, beta: float = 1.0) -> Tensor
         base = base if beta == 1.0 else base.mul_(beta)
         signs, columns = _signs_and_columns(P, base.shape[1], z.dtype)
         scale = _scale(P, base.shape[1])
-        q = factors(base.shape[1], z.dtype, z.device)
+        q = factors(base.shape[1], z)
         for piece in pieces(base.shape[0], base.shape[1], base.device.type):
             full = torch.zeros_like(base[piece]).index_copy_(1, columns, z[piece])
             base[piece].addcmul_(transform(full, q, transposed=True), signs, value=scale)

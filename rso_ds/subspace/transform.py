@@ -50,25 +50,20 @@ def _scale(sizes: list[int]) -> float:
     return 2.0 ** (-odd / 2)
 
 
-def factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The factors of Q for ``transform``: made once for each dtype and device, where tensors are real ones."""
-    sizes = factor_sizes(n)
-    if torch.compiler.is_compiling():  # constants of the graph, which must not depend on what has been made by then
+def factors(n: int, like: Tensor) -> list[Tensor]:
+    """The factors of Q for ``transform``, in the dtype and on the device of ``like``; made once where tensors are real
+    ones, and neither stand-ins (in a trace of memory) nor part of a graph that is being compiled."""
+    sizes, dtype, device = factor_sizes(n), like.dtype, like.device
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
         return [_factor(size, device).to(dtype) for size in sizes]
-    made = [_made.get((size, dtype, device)) for size in sizes]
-    return [f for f in made if f is not None] if None not in made else _new_factors(n, dtype, device)
+    with torch.inference_mode(False), torch.no_grad():  # the first use may be an evaluation
+        for size in sizes:
+            if (size, dtype, device) not in _made:
+                _made[size, dtype, device] = _factor(size, device).to(dtype)
+    return [_made[size, dtype, device] for size in sizes]
 
 
 _made: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-
-
-def _new_factors(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    sizes = factor_sizes(n)
-    with torch.inference_mode(False), torch.no_grad():  # the first use may be an evaluation
-        new = [_factor(size, device).to(dtype) for size in sizes]
-    if all(type(f) is Tensor for f in new):  # in a trace of memory they are stand-ins
-        _made.update({(size, dtype, device): f for size, f in zip(sizes, new, strict=True)})
-    return new
 
 
 def transform(x: Tensor, factors: Sequence[Tensor], transposed: bool = False) -> Tensor:

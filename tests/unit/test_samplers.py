@@ -147,7 +147,7 @@ def test_the_transform_is_the_kronecker_product(n):
     q = reference_q(n)
     torch.testing.assert_close(q.t() @ q, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
     x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    parts = factors(n, x.dtype, x.device)
+    parts = factors(n, x)
     torch.testing.assert_close(transform(x, parts), x @ q, atol=1e-12, rtol=0)
     torch.testing.assert_close(transform(x, parts, transposed=True), x @ q.t(), atol=1e-12, rtol=0)
     columns = torch.arange(0, n, 3)
