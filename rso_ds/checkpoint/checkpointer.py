@@ -148,12 +148,13 @@ class Checkpointer:
             agreed(lambda: check(extra["client"]))
         with self._state.at_rest():
             mine = self._state.describe()
-            agreed(lambda: self._state.check(state, mine, str(path), solver))
+            rates = solver or (extras and bool(self._extras))
+            agreed(lambda: self._state.check(state, mine, str(path), solver, rates))
             if extras:
                 agreed(lambda: self._check_extras(extra, path))
             targets = agreed(lambda: self._state.targets(StoredTensors(path), solver))
             agreed(lambda: load_pieces(targets, path))
-            self._state.loaded(state, solver, rates=solver or (extras and bool(self._extras)))
+            self._state.loaded(state, solver, rates)
         self._state.adopt(state)
         agreed(lambda: self._load_extras(extra, extras))
         return path, extra["client"]

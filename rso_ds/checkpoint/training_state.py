@@ -82,9 +82,11 @@ class TrainingState:
         named = {n: [list(full_shape(p)), _dtype(p), p.requires_grad] for n, p in self.module.named_parameters()}
         return named | {n: [list(b.shape), _dtype(b), False] for n, b in self._buffers()}
 
-    def check(self, state: dict[str, Any], mine: dict[str, Any], source: str, solver: bool = True) -> None:
+    def check(
+        self, state: dict[str, Any], mine: dict[str, Any], source: str, solver: bool = True, rates: bool = True
+    ) -> None:
         """Raise ``RSOCheckpointError`` if ``state`` is not of this model, solver (which may differ if not ``solver``)
-        and configuration, of which ``mine`` is what ``describe`` says."""
+        and configuration, of which ``mine`` is what ``describe`` says; with ``rates``, of as many parameter groups."""
         missing = sorted(set(mine) - set(state))
         if missing:
             raise RSOCheckpointError(f"{source}: damaged state, no '{missing[0]}'.")
@@ -104,7 +106,7 @@ class TrainingState:
             raise RSOCheckpointError(
                 f"{source} was trained with solver '{state['solver']}', this run has '{mine['solver']}': use the same."
             )
-        counted = {"groups": "parameter groups"} if solver else {}
+        counted = {"groups": "parameter groups"} if rates else {}
         for key, what in {**counted, "replicas": "replicas that step apart"}.items():
             here, there = (x if isinstance(x, int) else len(x) for x in (mine[key], state[key]))
             if here != there:
@@ -191,16 +193,15 @@ class TrainingState:
 
     def loaded(self, state: dict[str, Any], solver: bool, rates: bool) -> None:
         """Set the plain values, after ``targets`` have been filled, still ``at_rest``: the solver's counts of steps, or
-        zero without ``solver``, and the ``rates`` of its groups, if these are as many."""
+        zero without ``solver``, and the ``rates`` of its groups."""
         trainable = self._trainable()
         steps = [state["steps"].get(name, 0) if solver else 0 for name, _ in trainable]
         if solver and self.layout.replicas > 1:
             steps = self._plain[f"{self._prefix()}steps"].tolist()
         for (_, param), step in zip(trainable, steps, strict=True):
             self.layout.set_solver_step(param, step)
-        groups = self.layout.solver.param_groups
-        if rates and len(groups) == len(state["groups"]):
-            for group, saved in zip(groups, state["groups"], strict=True):
+        if rates:
+            for group, saved in zip(self.layout.solver.param_groups, state["groups"], strict=True):
                 group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in group})
         _set_random_state(self._plain)
         self.layout.reloaded()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rso_ds.errors import RSOUnsupportedError
@@ -24,7 +23,7 @@ UNUSED = (
 def mark_used(params: Iterable[Any]) -> None:
     """A step has used the gradients of ``params``, or skipped them."""
     for grad in _gradients(params):
-        grad._rso_used = grad._version  # type: ignore[attr-defined]
+        grad._rso_used = grad._version
 
 
 def refuse_unused(params: Iterable[Any]) -> None:
@@ -34,7 +33,7 @@ def refuse_unused(params: Iterable[Any]) -> None:
             raise RSOUnsupportedError(UNUSED)
 
 
-def _gradients(params: Iterable[Any]) -> Iterable[Tensor]:
+def _gradients(params: Iterable[Any]) -> Iterable[Any]:
     """This rank's parts, as the memory that backward passes write to."""
     grads = (param.grad for param in params if param.grad is not None)
     return (grad._local_tensor if isinstance(grad, DTensor) else grad for grad in grads)

@@ -13,7 +13,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -48,16 +49,16 @@ def weight_readers(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     while queue:
         function, given = queue.pop()
         key = (id(function), tuple((name, *map(id, modules)) for name, modules in sorted(given.items())))
-        tree = None if key in seen or not any(given.values()) else _tree(function)
+        source = None if key in seen or not any(given.values()) else _source(function)
         seen.add(key)
-        if tree is None:
+        if source is None:
             continue
-        known = _named(tree, given)
-        for weight in _weights(tree):
+        known = _named(source.tree, given)
+        for weight in _weights(source):
             for module in _modules(weight.value, known):
                 if id(module) in targets:
                     found.setdefault(targets[id(module)], function.__qualname__)
-        queue.extend(_called(tree, known, function))
+        queue.extend(_called(source, known, function))
     return {name: found[name] for name in names if name in found}
 
 
@@ -71,16 +72,21 @@ def _function(thing: Any) -> FunctionType | None:
     return thing
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What a function says: its nodes, and the node around each."""
+
+    tree: ast.AST
+    parents: Mapping[ast.AST, ast.AST]
+
+
 @functools.cache
-def _tree(function: FunctionType) -> ast.AST | None:
+def _source(function: FunctionType) -> _Source | None:
     try:
-        tree: ast.AST = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):  # no source, or none that stands alone
         return None
-    for node in ast.walk(tree):
-        for child in ast.iter_child_nodes(node):
-            child.parent = node  # type: ignore[attr-defined]
-    return tree
+    return _Source(tree, {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)})
 
 
 def _bound(function: FunctionType, positional: tuple[Any, ...], named: Mapping[str, Modules] | None = None) -> Names:
@@ -161,13 +167,13 @@ def _getattr(call: ast.Call) -> ast.Attribute | None:
     return None
 
 
-def _weights(tree: ast.AST) -> Iterator[ast.Attribute]:
+def _weights(source: _Source) -> Iterator[ast.Attribute]:
     """Every ``x.weight`` of which the values may be used."""
-    for node in ast.walk(tree):
+    for node in ast.walk(source.tree):
         weight = _getattr(node) if isinstance(node, ast.Call) else node
         if not (isinstance(weight, ast.Attribute) and weight.attr == "weight" and isinstance(weight.ctx, ast.Load)):
             continue
-        parent = getattr(node, "parent", None)
+        parent = source.parents.get(node)
         asked = (
             (isinstance(parent, ast.Attribute) and parent.attr in _FACTS)
             or (isinstance(parent, ast.Call) and getattr(parent.func, "id", None) in _QUESTIONS)
@@ -177,12 +183,12 @@ def _weights(tree: ast.AST) -> Iterator[ast.Attribute]:
             yield weight
 
 
-def _called(tree: ast.AST, known: Names, caller: FunctionType) -> Iterator[tuple[FunctionType, Names]]:
+def _called(source: _Source, known: Names, caller: FunctionType) -> Iterator[tuple[FunctionType, Names]]:
     """The functions that may run from here, with what they are given."""
-    for node in ast.walk(tree):
+    for node in ast.walk(source.tree):
         if isinstance(node, ast.Attribute):  # a method, called here or handed on (to torch's checkpoint, say)
-            call = node.parent if isinstance(getattr(node, "parent", None), ast.Call) else None  # type: ignore[attr-defined]
-            arguments = _arguments(call, known) if call is not None and call.func is node else ((), {})
+            call = source.parents.get(node)
+            arguments = _arguments(call, known) if isinstance(call, ast.Call) and call.func is node else ((), {})
             for owner in _modules(node.value, known):
                 method = None if node.attr in owner._modules else inspect.getattr_static(type(owner), node.attr, None)
                 method = method.fget if isinstance(method, property) else method
@@ -190,7 +196,7 @@ def _called(tree: ast.AST, known: Names, caller: FunctionType) -> Iterator[tuple
                 if function is not None:
                     yield function, _bound(function, (owner, *arguments[0]), arguments[1])
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            function = _function(_global(caller, node.func.id))
+            function = _function(caller.__globals__.get(node.func.id))
             if function is not None:
                 yield function, _bound(function, *_arguments(node, known))
 
@@ -198,7 +204,3 @@ def _called(tree: ast.AST, known: Names, caller: FunctionType) -> Iterator[tuple
 def _arguments(call: ast.Call, known: Names) -> tuple[tuple[Modules, ...], dict[str, Modules]]:
     named = {k.arg: _modules(k.value, known) for k in call.keywords if k.arg is not None}
     return tuple(_modules(argument, known) for argument in call.args), named
-
-
-def _global(function: FunctionType, name: str) -> Callable[..., Any] | None:
-    return function.__globals__.get(name)

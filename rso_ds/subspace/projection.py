@@ -30,8 +30,11 @@ def is_transform(P: Tensor) -> bool:
 
 
 def _scale(P: Tensor, in_features: int) -> float:
-    rank = P.shape[0] - in_features if is_transform(P) else P.shape[0]
-    return math.sqrt(in_features / rank)
+    return math.sqrt(in_features / _rank(P, in_features))
+
+
+def _rank(P: Tensor, in_features: int) -> int:
+    return P.shape[0] - in_features if is_transform(P) else P.shape[-1]
 
 
 def _signs_and_columns(P: Tensor, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,8 +98,7 @@ def dense_projection(P: Tensor, in_features: int) -> Tensor:
     """The matrix [in, r]: P itself, or what its indices stand for, written out in fp64."""
     if P.is_floating_point():
         return P
-    rank = P.shape[0] - in_features if is_transform(P) else P.shape[0]
-    return lift(torch.eye(rank, dtype=torch.float64, device=P.device), P, in_features).t()
+    return lift(torch.eye(_rank(P, in_features), dtype=torch.float64, device=P.device), P, in_features).t()
 
 
 def overlap(P_old: Tensor, P_new: Tensor, in_features: int) -> Tensor:
