@@ -26,7 +26,6 @@ setup(
             "pyyaml>=6.0",
             "rich>=13.0",
             "pyarrow>=15.0",
-            "zstandard>=0.22",
             "datasets>=3.0",
         ],
         "finetune": ["trl>=1.0", "peft>=0.14"],

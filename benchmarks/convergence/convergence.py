@@ -132,7 +132,7 @@ class Data:
         self.held_out = held_out.sequences(torch.arange(count).numpy())
 
     def batch(self, step: int, size: int) -> Tensor:
-        return self.train.micro_batches(step, 1, 1, 0, size)[0]
+        return self.train.micro_batches(step * size, 1, 1, 0, size)[0]
 
 
 def schedule(step: int, steps: int) -> float:

@@ -207,14 +207,20 @@ def verify(path: Path, share: int = 0, shares: int = 1) -> None:
     extra = sorted({str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - set(files) - {MANIFEST})
     if extra:
         raise RSOCheckpointError(f"{path / extra[0]} is not part of this checkpoint: remove it, or restore the folder.")
-    for name, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
-        file = path / name
-        if not file.is_file():
-            raise RSOCheckpointError(_damaged(file, "it is missing"))
-        if file.stat().st_size != entry["bytes"]:
-            raise RSOCheckpointError(_damaged(file, f"{file.stat().st_size} bytes instead of {entry['bytes']}"))
-        if _sha256(file) != entry["sha256"]:
-            raise RSOCheckpointError(_damaged(file, "its SHA-256 is not that of the manifest"))
+    for name, _ in sorted(files.items(), key=lambda item: -item[1]["bytes"])[share::shares]:
+        verify_file(path, name, files)
+
+
+def verify_file(path: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare one file of the checkpoint ``path`` with its manifest ``files``. Raises ``RSOCheckpointError``."""
+    file = path / name
+    entry = files.get(name)
+    if entry is None or not file.is_file():
+        raise RSOCheckpointError(_damaged(file, "it is missing"))
+    if file.stat().st_size != entry["bytes"]:
+        raise RSOCheckpointError(_damaged(file, f"{file.stat().st_size} bytes instead of {entry['bytes']}"))
+    if _sha256(file) != entry["sha256"]:
+        raise RSOCheckpointError(_damaged(file, "its SHA-256 is not that of the manifest"))
 
 
 def prune(folder: Path, keep: Retention, scores: Mapping[str, float]) -> list[str]:

@@ -107,6 +107,18 @@ def read_checkpoint(folder: str | Path, tag: str | None = None) -> tuple[Path, d
     return agreed(lambda: (path, read_state(path), read_extra(path)))
 
 
+def peek_client(folder: Path, tag: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """(path, client state) of a checkpoint, of which only the file that holds it is verified. One rank calls this.
+
+    Raises ``RSOCheckpointError``.
+    """
+    folders.recover(folder)
+    path = folders.find(folder, tag)
+    folders.verify_file(path, EXTRA_FILE, folders.read_manifest(path))
+    client: dict[str, Any] = read_extra(path)["client"]
+    return path, client
+
+
 def read_extra(path: Path) -> dict[str, Any]:
     extra: dict[str, Any] = torch.load(path / EXTRA_FILE, map_location="cpu", weights_only=True)
     return extra

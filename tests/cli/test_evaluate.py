@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.environment import needs
 from support.train_ranks import run
 from support.train_workspace import ROOT, STEPS, Workspace
@@ -163,10 +164,10 @@ def test_a_checkpoint_without_a_parameter_of_the_model_ends_it(copy, capsys, mon
 def test_other_data_than_the_run_had(copy, capsys):
     other = copy.parent / "other.txt"
     other.write_text("another text\n" * 500)
-    settings = copy / "config.yaml"
-    settings.write_text("\n".join(f"data: {other}" if x.startswith("data:") else x for x in settings.open()))
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump({**settings, "data": str(other)}))
     (copy / "evaluation.jsonl").unlink()
-    assert "the run's data had the fingerprint" in refused(capsys, str(copy))
+    assert "the run's held-out text was {'documents': 1, " in refused(capsys, str(copy))
 
 
 def test_no_run(tmp_path, capsys):

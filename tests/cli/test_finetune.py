@@ -50,12 +50,14 @@ def folder(tmp_path_factory):
     for name in ("bert", "llama"):
         tokenizer.save_pretrained(out / name)
     rows = [
-        (f"{a} {b} {word}", "animal" if word in ANIMALS else "tool")
+        (f"{a} {b} {word}", "NA" if word in ANIMALS else "01")  # which are no missing value and no number
         for a in FILLERS for b in FILLERS for word in (*ANIMALS, *TOOLS)
     ]  # fmt: skip
     (out / "rows.csv").write_text("text,label\n" + "".join(f"{t},{kind}\n" for t, kind in rows))
     (out / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{kind}\n" for t, kind in rows))
+    rows = [(t, "animal" if kind == "NA" else "tool") for t, kind in rows]
     pairs = [{"prompt": t, "completion": f"is {kind}"} for t, kind in rows]
+    pairs += [{"prompt": "tool", "completion": 7}] * 10  # a number beside texts
     (out / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     chats = [
         {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": f"is {kind}"}]}
@@ -65,7 +67,7 @@ def folder(tmp_path_factory):
     config = json.loads((ROOT / "ds_configs" / "rso_zero3.json").read_text())
     del config["train_batch_size"]
     config["optimizer"]["params"] |= {"interval": 4, "torch_adam": True}
-    (out / "rso3.json").write_text(json.dumps(config))
+    (out / "rso3.json").write_text(json.dumps(config), encoding="utf-8-sig")  # as Windows writes it
     return out
 
 
@@ -118,6 +120,13 @@ def test_classification_with_rso_on_two_ranks(folder):
     assert got["eval_accuracy"] == 1.0
     assert got["eval_f1_macro"] == 1.0
     assert accuracy(folder / "rso", folder) == 1.0
+    labels = json.loads((folder / "rso" / "config.json").read_text())["id2label"]
+    assert labels == {"0": "01", "1": "NA"}
+    said = done.stdout.splitlines()
+    assert any(line.startswith("  trains    1 file, 180 rows, ") for line in said)
+    assert any(line.startswith("  held out  20 rows, ") for line in said)
+    assert any(line.startswith("""  begins    '{"text": """) for line in said)
+    assert "train: 180 sequences, 540 tokens; held out: 20 sequences, 60 tokens" in said
     card = (folder / "rso" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert "| base model | bert |" in card
@@ -178,6 +187,27 @@ def test_deepspeed_zero3(folder):
 
 
 @EXHAUSTIVE
+@pytest.mark.parametrize(
+    ("of_rank_1", "words"),
+    [
+        ("text,label\na,b\nc,e\n", "RSOReplicaError: ranks disagree on the rows of --data"),
+        ("text,label\na,b\nc,\n", "RSOConfigError: rank 1: rows.csv, line 3: 'label' is empty"),
+    ],
+)
+def test_ranks_with_other_rows_end_with_one_message(folder, of_rank_1, words):
+    """Each reads a file of its own node."""
+    for node, content in (("node0", "text,label\na,b\nc,d\n"), ("node1", of_rank_1)):
+        (folder / node).mkdir(exist_ok=True)
+        (folder / node / "rows.csv").write_text(content)
+    shell = ["bash", "-c", 'cd "node$RANK" && exec "$0" "$@"', sys.executable]
+    launcher = [torchrun()[0], "--no-python", *torchrun()[1:], *shell]
+    done = finetune(folder, "divided", *CLASSIFY, "--model", str(folder / "bert"), launcher=launcher)
+    assert done.returncode
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr.partition("torch/distributed/elastic")[0]
+
+
+@EXHAUSTIVE
 def test_starting_from_a_lora_adapter(folder):
     """The adapter is merged: training starts where the adapted model stands."""
     from peft import LoraConfig, get_peft_model
@@ -202,11 +232,15 @@ def test_starting_from_a_lora_adapter(folder):
 
 REFUSED = {
     "column": (["--label_column", "kind"], "--label_column kind: rows.csv has the columns text, label"),
-    "file": (["--data", "nothing.csv"], "nothing.csv cannot be read"),
+    "file": (["--data", "nothing.csv"], "--data nothing.csv: no such file or folder"),
+    "hub": (["--data", "nobody/nothing-1.0"], "--data nobody/nothing-1.0: no such file, and the hub cannot give it"),
     "format": (["--data", "bert/config.json.txt"], "bert/config.json.txt"),
     "empty": (["--data", "empty.csv"], "empty.csv"),
     "one label": (["--data", "one.csv"], "one label only"),
-    "missing cell": (["--data", "hole.csv"], "row 2 has no 'label'"),
+    "missing cell": (["--data", "hole.csv"], "hole.csv, line 3: 'label' is empty"),
+    "bytes": (["--data", "latin.csv"], "latin.csv, offset 13"),
+    "encoding": (["--encoding", "utf-9"], "--encoding 'utf-9' is no encoding"),
+    "bytes of the json": (["--deepspeed", "latin.csv"], "--deepspeed latin.csv, offset 13"),
     "unseen label": (["--eval_data", "other.csv"], "the label 'plant', which no training row has"),
     "model": (["--model", "nothing"], "nothing"),
     "method": (["--method", "galore"], "--method must be one of rso, full, lora"),
@@ -241,6 +275,7 @@ def test_refusals(folder, monkeypatch, capsys, no_traces):
     (folder / "empty.csv").write_text("text,label\n")
     (folder / "one.csv").write_text("text,label\na,b\nc,b\nd,b\n")
     (folder / "hole.csv").write_text("text,label\na,b\nc,\nd,e\n")
+    (folder / "latin.csv").write_bytes("text,label\na,ça\n".encode("latin-1"))
     (folder / "other.csv").write_text("text,label\na,plant\nc,tool\n")
     (folder / "bert" / "config.json.txt").write_text("{}")
     monkeypatch.chdir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.environment import needs
-from support.exhaustive import EXHAUSTIVE
+from support.exhaustive import EXHAUSTIVE, quick
 from support.train_ranks import run
 from support.train_workspace import REAL_TEXT, SAVE, STEPS, Workspace
 
@@ -173,9 +174,75 @@ def test_checkpoint_of_another_model_or_run_is_refused(space, finished):
     other_model = run(space, "other", "--resume", source, "--set", "optimizer.params.rank_ratio=0.5")
     assert "is of another model or rank: layer" in error_of(other_model)
     assert "holds checkpoints of an earlier run" in error_of(run(space, "full", ranks=1))
-    other_steps = run(space, "other", "--resume", source, steps=20)
-    assert "that run had steps = 12, this one 20" in error_of(other_steps)
+    assert "that run had seed = 0, this one 1" in error_of(run(space, "other", "--resume", source, "--seed", "1"))
+    fewer = error_of(run(space, "other", "--resume", source, ranks=1, steps=3))
+    assert "12 steps have been taken already, and this run is to have 3 in all" in fewer
     assert "does not exist" in error_of(run(space, "other", "--resume", str(space.folder), ranks=1))
+
+
+@pytest.mark.parametrize("schedule", quick(["stretch", "continue"], {"stretch"}))
+def test_a_finished_run_is_extended(space, finished, schedule):
+    """With the same text under another path; the rates are those of the cosine, by its formula."""
+    shutil.copytree(space.folder / "full", space.folder / schedule)
+    copied = str(shutil.copy(space.data, space.folder / "copy.txt"))
+    flags = ["--resume", "auto", "--resume-schedule", schedule, "--data", copied]
+    done = run(space, schedule, "--deepspeed", "ds_configs/rso.json", *flags, steps=STEPS + 4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"with another max_steps: {STEPS} -> {STEPS + 4}" in done.stdout
+    metrics = space.metrics(schedule)
+    assert [m["step"] for m in metrics] == list(range(STEPS + 5))
+    assert metrics[-1]["tokens"] == (STEPS + 4) * 8 * 32
+    total, warm = STEPS if schedule == "continue" else STEPS + 4, 2
+    for m in metrics[-4:]:
+        progress = min(1.0, (m["step"] - 1 - warm) / (total - warm))
+        expected = 4e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+        assert m["lr"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def streamed(space):
+    """Flags of a run that streams records and holds nothing out, and its undisturbed run."""
+    rows = [json.dumps({"text": f"{i} bottles of beer on the wall, {i * i} more\n" * (i % 4 + 1)}) for i in range(600)]
+    for shard in range(2):
+        (space.folder / "shards").mkdir(exist_ok=True)
+        (space.folder / "shards" / f"train-{shard}.jsonl").write_text("\n".join(rows[shard::2]))
+    flags = ["--data", str(space.folder / "shards"), "--stream", "yes", "--engine", "ddp", "--val-fraction", "0"]
+    flags += ["--data-workers", "0", "--eval-interval", "0", "--save-interval", "5"]
+    done = run(space, "straight", *flags, steps=8)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return flags, done
+
+
+def test_a_run_without_validation(space, streamed):
+    assert "held out  nothing (there will be no validation)" in streamed[1].stdout
+    assert "perplexity" not in streamed[1].stdout
+    assert "--- sample" in streamed[1].stdout
+    metrics = space.metrics("straight")
+    assert [m["step"] for m in metrics] == list(range(1, 9))
+    assert not any("val_loss" in m for m in metrics)
+    assert "val_loss" not in (space.folder / "straight" / "model" / "README.md").read_text()
+    assert json.loads((space.folder / "straight" / "data.json").read_text())["held out"]["note"]
+
+
+@pytest.mark.parametrize("ranks", quick([1, 2], {1}))
+def test_a_stream_goes_on_as_if_it_had_not_stopped(space, streamed, ranks):
+    name = f"stopped-{ranks}"
+    shutil.copytree(space.folder / "straight", space.folder / name)
+    shutil.rmtree(space.folder / name / "checkpoints" / "step8")
+    (space.folder / name / "checkpoints" / "latest").write_text("step5")
+    done = run(space, name, *streamed[0], "--resume", "auto", ranks=ranks, steps=8)
+    assert done.returncode == 0, done.stderr[-3000:]
+    straight, resumed = (space.metrics(n) for n in ("straight", name))
+    assert [m["loss"] for m in resumed] == pytest.approx([m["loss"] for m in straight], abs=0 if ranks == 2 else 1e-5)
+    expected, found = (load_file(space.folder / n / "model" / "model.safetensors") for n in ("straight", name))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0 if ranks == 2 else 1e-5)
+
+
+@EXHAUSTIVE
+def test_processes_read_for_a_run_that_the_launcher_starts(space, streamed):
+    done = space.run("read", *streamed[0], "--data-workers", "2", steps=8)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [m["loss"] for m in space.metrics("read")] == [m["loss"] for m in space.metrics("straight")]
 
 
 @EXHAUSTIVE

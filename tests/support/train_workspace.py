@@ -32,7 +32,9 @@ class Workspace:
 
     def arguments(self, output: str, *flags: str, steps: int | None = STEPS) -> list[str]:
         """Of launch/train.py."""
-        place = ["--output", str(self.folder / output), "--cache", str(self.cache), "--data", str(self.data)]
+        place = ["--output", str(self.folder / output), "--cache", str(self.cache)]
+        if "--data" not in flags:
+            place += ["--data", str(self.data)]
         return [*place, *BASE, *([] if steps is None else ["--max-steps", str(steps)]), *flags]
 
     def run(self, output: str, *flags: str, ranks: int = 2, steps: int | None = STEPS) -> subprocess.CompletedProcess:

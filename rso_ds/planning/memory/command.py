@@ -15,6 +15,7 @@ from rso_ds.planning.memory.account import CARDS, Accountant, check_sizes, model
 from rso_ds.planning.memory.methods import METHODS
 from rso_ds.planning.memory.report import json_report, plot, text_report
 from rso_ds.planning.memory.states import Engine
+from rso_ds.text import read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +71,7 @@ def run(args: argparse.Namespace) -> str:
 
 def read_rso_json(path: str, flag: str = "--deepspeed") -> dict[str, Any]:
     """A DeepSpeed JSON whose RSO keys left "auto" count as defaults. Raises ``RSOConfigError``."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RSOConfigError(f"{flag} {path} cannot be read: {error}") from None
+    config = read_json(path, flag)
     if not isinstance(config, dict):
         raise RSOConfigError(f"{flag} {path} must hold a JSON object.")
     block = config.get("optimizer")

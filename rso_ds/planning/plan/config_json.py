@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rso_ds.deepspeed_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOConfigError
 from rso_ds.planning.memory.command import read_rso_json
 from rso_ds.planning.memory.states import precision_of
+from rso_ds.text import read_json
 
 # ds_configs/rso_7b_zero3.json without what a plan fills in.
 DEFAULT_BASE: dict[str, Any] = {
@@ -56,7 +56,7 @@ def base_json(path: str | None, precision: str) -> dict[str, Any]:
             raise RSOConfigError(
                 "--base: 'communicate': 'boundary' is not for DeepSpeed, which a plan is for: remove the key."
             )
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = read_json(path, "--base")
         if (config.get("fp16") or {}).get("enabled") is True:
             raise RSOConfigError("--base: fp16 is not planned: remove the block, and choose --precision bf16 or fp32.")
     config["bf16"] = {**(config.get("bf16") or {}), "enabled": precision == "bf16"}

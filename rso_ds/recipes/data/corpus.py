@@ -1,187 +1,209 @@
-"""Documents from files, folders, the Hugging Face hub, or the text that every Python carries."""
+"""Documents to train on and documents held out, from one source or several."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import itertools
-import json
-import lzma
-import sysconfig
-import zlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 from rso_ds.errors import RSOConfigError
+from rso_ds.recipes.data.files import DataFile
+from rso_ds.recipes.data.records import texts
+from rso_ds.recipes.data.sources import HubDataset, Source, find_source
+from rso_ds.recipes.data.split import Split, choose, united
+from rso_ds.text import UTF8
 
-STDLIB = "stdlib"
-_COMPRESSIONS = (".xz", ".gz", ".zst")
-_PLAIN = (".txt", ".md", ".py")
-_FORMATS = (*_PLAIN, ".jsonl", ".json", ".parquet")
-_FEW = 500  # below this, choosing whole documents could hold out none
-_TRAIN, _HELD_OUT = ("train",), ("valid", "validation", "val", "dev")
+PARTS = ("train", "held_out")
+_VAL = ("validation", "test", "train")  # which split of several --val-data means
+_CHUNK = 1 << 22
+_SAMPLE = 1 << 16
+_LARGE = 1 << 30
+
+
+class Member:
+    """The documents of one source. Its held-out part is its validation split, else ``held_out`` of its documents
+    (``split.choose``), chosen when first asked for."""
+
+    def __init__(self, source: Source, held_out: float, text_key: str, encoding: str) -> None:
+        self.source, self.share, self.text_key, self.encoding = source, held_out, text_key, encoding
+        self.together: list[Member] = [self]  # what one of these holds out, none of them trains on
+
+    @property
+    def validates(self) -> bool:
+        """Whether it holds something out."""
+        return self.source.held_out is not None or self.share > 0
+
+    @cached_property
+    def split(self) -> Split:
+        """Which documents of the training files are held out."""
+        return united([member._own_split for member in self.together])
+
+    @cached_property
+    def _own_split(self) -> Split:
+        return choose(lambda: self._texts(self.source.train), 0 if self.source.held_out is not None else self.share)
+
+    def documents(self, part: str) -> Iterator[str]:
+        held_out = part == "held_out"
+        if held_out and self.source.held_out is not None:
+            yield from self._texts(self.source.held_out)
+        elif self.validates or not held_out:
+            for text in self._texts(self.source.train):
+                own = self.split.part(text, held_out)
+                if own:
+                    yield own
+
+    def _texts(self, files: Sequence[DataFile]) -> Iterator[str]:
+        for file in files:
+            for text, _ in texts(file, self.text_key, self.encoding):
+                yield text
 
 
 class Corpus:
-    """A source of documents with a held-out part.
+    """Text by document, with a held-out part.
 
-    ``source``: "stdlib" (the source code of the installed Python standard library), a text, jsonl(.xz, .gz,
-    .zst) or parquet file, a folder of such files, or a hub dataset "org/name" or
-    "org/name:subset", of which the whole train split is read. In a folder, files named
-    train.* and valid.* (or validation, val, dev) are the two parts; otherwise ``held_out`` of the documents,
-    chosen by their content, are held out; of fewer than 500 documents, the end of each.
-    ``held_out_source`` overrides.
+    ``source``: what ``--data`` names (``find_source``), or several of them, read one after the other. The held-out part
+    is all of ``held_out_source``, else each source's validation split, else ``held_out`` of its documents (0: none).
+    ``text_key``: the key or column of the text in jsonl, json, csv and parquet.
 
-    Raises ``RSOConfigError`` if a file is missing, empty, of unknown format, or lacks ``text_key``.
+    Raises ``RSOConfigError`` if a source is missing, empty, of unknown format, or leaves open what trains.
     """
 
     def __init__(
         self,
-        source: str,
+        source: str | Sequence[str],
         held_out: float = 0.02,
         held_out_source: str | None = None,
         text_key: str = "text",
+        encoding: str = UTF8,
     ) -> None:
-        self.source, self.held_out, self.text_key = source, held_out, text_key
-        self.files = _files_of(source)
-        self.held_out_source = held_out_source
-        self.held_out_files = _files_of(held_out_source, "--val-data") if held_out_source else None
-        if self.files is not None and source != STDLIB:
-            named = [f for f in self.files if f.name.split(".")[0] in _HELD_OUT]
-            train = [f for f in self.files if f.name.split(".")[0] in _TRAIN]
-            if train and (named or held_out_source is not None):
-                self.files = train  # never the folder's valid.* or test.*
-                self.held_out_files = self.held_out_files if held_out_source is not None else named
+        self.names = [source] if isinstance(source, str) else list(source)
+        self.source = " + ".join(self.names)
+        self.held_out, self.text_key, self.encoding = held_out, text_key, encoding
+        self._digests: dict[str, str] = {}
+        self._found = [find_source(name) for name in self.names]
+        self._found_held_out = (
+            None if held_out_source is None else find_source(held_out_source, "--val-data", prefer=_VAL)
+        )
+        apart = self._found_held_out
+        if isinstance(apart, Source):
+            self._found = [_without(found, apart) if isinstance(found, Source) else found for found in self._found]
 
-    def fingerprint(self) -> str:
-        """Changes when a file or the split does; names the cached tokens."""
-        parts = [self.source, str(self.held_out_source), str(self.held_out), self.text_key]
-        for files in (self.files, self.held_out_files):
-            parts += ["|"] + [f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files or ()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    @property
+    def files(self) -> list[Path] | None:
+        """Paths of the files that train, None where they are on the hub."""
+        local = [s for s in self._found if isinstance(s, Source)]
+        return [Path(f.url) for s in local for f in s.train] if len(local) == len(self._found) else None
+
+    @cached_property
+    def members(self) -> list[Member]:
+        """One for each source. Asks the hub for what is there. Raises ``RSOConfigError``."""
+        share = self.held_out if self._found_held_out is None else 0.0
+        members = []
+        for found in self._found:
+            source = found.find() if isinstance(found, HubDataset) else found
+            if self.held_out_member is not None:
+                source = _without(source, self.held_out_member.source)
+            members.append(Member(source, share, self.text_key, self.encoding))
+        cut = [member for member in members if member.source.held_out is None]
+        for member in cut:
+            member.together = cut
+        return members
+
+    @cached_property
+    def held_out_member(self) -> Member | None:
+        """``held_out_source``, all of it."""
+        found = self._found_held_out
+        if found is None:
+            return None
+        source = found.find() if isinstance(found, HubDataset) else found
+        return Member(Source(source.name, source.train), 0.0, self.text_key, self.encoding)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that train, as stored."""
+        return sum(f.size for m in self.members for f in m.source.train)
+
+    @property
+    def large(self) -> bool:
+        """Whether there is more than one would read before training: more than 1 GiB, or data of the hub."""
+        return self.files is None or self.size > _LARGE
+
+    @property
+    def held_out_files(self) -> list[DataFile] | None:
+        """Files that are held out as a whole, None where documents of the training files are."""
+        if self.held_out_member is not None:
+            return list(self.held_out_member.source.train)
+        own = [f for m in self.members for f in m.source.held_out or ()]
+        return own or None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a held-out part."""
+        return self._found_held_out is not None or any(m.validates for m in self.members)
 
     def documents(self, part: str) -> Iterator[str]:
         """Documents of ``part`` ("train" or "held_out"), in a fixed order."""
-        if self.held_out_source is not None and part == "held_out":
-            yield from self._read(self.held_out_files, self.held_out_source)
-            return
-        if self.held_out_source is not None or self.held_out_files is not None:
-            yield from self._read(self.held_out_files if part == "held_out" else self.files)
-            return
-        if self.files is not None and self._few_documents():
-            for text in self._read(self.files):
-                cut = text.rfind("\n", 0, int(len(text) * (1 - self.held_out))) + 1
-                yield text[cut:] if part == "held_out" else text[:cut]
-            return
-        for text in self._read(self.files):
-            bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") / 2**32
-            if (bucket < self.held_out) == (part == "held_out"):
-                yield text
+        for source in self.parts(part):
+            yield from source
 
-    def _few_documents(self) -> bool:
-        return sum(1 for _ in itertools.islice(self._read(self.files), _FEW)) < _FEW
+    def parts(self, part: str) -> list[Iterator[str]]:
+        """``documents`` of each source by itself."""
+        if part == "held_out" and self.held_out_member is not None:
+            return [self.held_out_member.documents("train")]
+        return [member.documents(part) for member in self.members]
 
-    def _read(self, files: list[Path] | None, hub_name: str | None = None) -> Iterator[str]:
-        if files is None:
-            yield from _hub_documents(hub_name or self.source, self.text_key)
-            return
-        for file in files:
-            try:
-                yield from _file_documents(file, self.text_key)
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-                raise RSOConfigError(f"{file} cannot be read, it may be damaged: {error}") from None
+    def fingerprint(self, part: str = "") -> str:
+        """Changes when the content of a file does that ``part`` is read from ("train", "held_out"; "": either), or the
+        split; not with names, places or times of files. Names the cached tokens. All bytes are read, once; of ``large``
+        data the size of each file, its beginning, middle and end."""
+        digest = hashlib.sha256(repr((self.held_out, self.text_key, self.encoding)).encode())
+        apart = self.held_out_member
+        for member in [*self.members, *([apart] if apart else [])]:
+            own, held_out = member.source.train, member.source.held_out or ()
+            trains = [] if member is apart else own
+            validates = own if member is apart else held_out or (() if apart else own)
+            for file in {"train": trains, "held_out": validates}.get(part, (*own, *held_out)):
+                digest.update(f"\n{file.kind}{file.compression}:{self._digest(file)}".encode())
+            digest.update(b"\n")
+        return digest.hexdigest()[:16]
+
+    def _digest(self, file: DataFile) -> str:
+        if file.url not in self._digests:
+            self._digests[file.url] = _digest(file, self.large)
+        return self._digests[file.url]
 
 
-def _files_of(source: str, flag: str = "--data") -> list[Path] | None:
-    """Files of a local source, None for a hub name."""
-    if source == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-        return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and _format_of(f) is not None)
-        if not files:
-            raise RSOConfigError(f"{flag} {source}: the folder has no {', '.join(_FORMATS)} file.")
-    elif path.is_file():
-        if _format_of(path) is None:
-            raise RSOConfigError(
-                f"{flag} {source}: unknown format; known are {', '.join(_FORMATS)},"
-                f" also with {', '.join(_COMPRESSIONS)}."
-            )
-        files = [path]
-    elif source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).suffix:
-        return None
-    else:
+def _without(source: Source, held_out: Source) -> Source:
+    """``source`` less the files of ``held_out``, which may lie in its folder, and its own validation split."""
+    apart = {_identity(file) for file in held_out.train}
+    train = tuple(file for file in source.train if _identity(file) not in apart)
+    if not train:
         raise RSOConfigError(
-            f"{flag} {source}: no such file or folder (a hub dataset is written org/name; '{STDLIB}' needs no file)."
+            f"--data {source.name} and --val-data {held_out.name} are the same files, so that none is left to train on."
         )
-    empty = [f for f in files if f.stat().st_size == 0]
-    if empty:
-        raise RSOConfigError(f"{flag} {source}: {empty[0]} is empty.")
-    return files
+    rest = [file.name for file in (*source.train, *(source.held_out or ())) if file not in train]
+    return Source(source.name, train, None, (*rest, *source.untouched))
 
 
-def _format_of(file: Path) -> str | None:
-    suffixes = [s for s in file.suffixes if s not in _COMPRESSIONS]
-    return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
+def _identity(file: DataFile) -> str:
+    return file.url if file.remote else os.path.realpath(file.url)
 
 
-def _open(file: Path) -> IO[str]:
-    if file.suffix == ".xz":
-        return lzma.open(file, "rt", encoding="utf-8", errors="replace")
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    if file.suffix == ".zst":
-        import zstandard
-
-        return zstandard.open(file, "rt", encoding="utf-8", errors="replace")
-    return open(file, encoding="utf-8", errors="replace")
-
-
-def _file_documents(file: Path, key: str) -> Iterator[str]:
-    kind = _format_of(file)
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        table = pq.ParquetFile(file)
-        if key not in table.schema_arrow.names:
-            raise RSOConfigError(f"{file}: no column '{key}' (there are {table.schema_arrow.names}): set --text-key.")
-        for batch in table.iter_batches(columns=[key]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
-    elif kind in (".jsonl", ".json"):
-        with _open(file) as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise RSOConfigError(f"{file}, line {number}: not a JSON object a line ({error}).") from None
-                if not isinstance(record, dict) or key not in record:
-                    raise RSOConfigError(f"{file}, line {number}: no key '{key}': set --text-key.")
-                if not isinstance(record[key], (str, type(None))):
-                    raise RSOConfigError(f"{file}, line {number}: '{key}' is not a text.")
-                if record[key]:
-                    yield record[key]
-    else:
-        with _open(file) as f:
-            text = f.read()
-        if text.strip():
-            yield text
-
-
-def _hub_documents(name: str, key: str) -> Iterator[str]:
-    from datasets import load_dataset
-
+def _digest(file: DataFile, sampled: bool) -> str:
+    if file.remote:
+        return file.url  # names the revision of the hub's repository
+    digest = hashlib.sha256(str(file.size).encode())
     try:
-        repository, _, subset = name.partition(":")
-        rows = load_dataset(repository, subset or None, split="train", streaming=True)
-    except Exception as error:
-        raise RSOConfigError(f"--data {name}: no such file, and the hub cannot give it: {error}") from None
-    for row in rows:
-        if key not in row:
-            raise RSOConfigError(f"--data {name}: no column '{key}' (there are {sorted(row)}): set --text-key.")
-        if row[key]:
-            yield row[key]
+        with file.open_stored() as stream:
+            if sampled and file.size > 3 * _SAMPLE:
+                for at in (0, (file.size - _SAMPLE) // 2, file.size - _SAMPLE):
+                    stream.seek(at)
+                    digest.update(stream.read(_SAMPLE))
+            else:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+    except OSError as error:
+        raise RSOConfigError(f"{file.url} cannot be read, it may be damaged: {error}") from None
+    return digest.hexdigest()

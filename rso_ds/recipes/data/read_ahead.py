@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 
-def read_ahead(read: Callable[[int], Tensor], first: int, device: torch.device) -> Iterator[Tensor]:
-    """``read(step)`` on ``device`` for step ``first`` and all that follow; the next is read, in a thread, when one is
-    given out. What ``read`` raises for a step is raised when that step is asked for. ``read`` is never called by two
+def read_ahead(
+    read: Callable[[int], Tensor], first: int, device: torch.device, stride: int = 1
+) -> Generator[Tensor, None, None]:
+    """``read(n)`` on ``device`` for ``first``, ``first + stride`` and so on; the next is read, in a thread, when one is
+    given out. What ``read`` raises for an n is raised when that one is asked for. ``read`` is never called by two
     threads at once. (The main job's ``read``: int64 [accumulation, micro batch, sequence], in pageable memory.)"""
 
     def load(step: int) -> Tensor:
@@ -21,7 +23,7 @@ def read_ahead(read: Callable[[int], Tensor], first: int, device: torch.device) 
 
     with ThreadPoolExecutor(1, "rso_ds-data") as thread:
         coming = thread.submit(load, first)
-        for step in count(first + 1):
+        for step in count(first + stride, stride):
             tokens = coming.result()
             coming = thread.submit(load, step)
             yield tokens.to(device, non_blocking=True)

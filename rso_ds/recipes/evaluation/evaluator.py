@@ -16,11 +16,11 @@ from rso_ds.checkpoint.model_files import MODEL_FILES
 from rso_ds.checkpoint.reading import DenseModel, open_model
 from rso_ds.checkpoint.transaction import read_extra
 from rso_ds.comm.rank_context import RankContext
-from rso_ds.errors import RSOCheckpointError
-from rso_ds.recipes.data.corpus import Corpus
-from rso_ds.recipes.data.dataset import PackedTokens, token_file
+from rso_ds.errors import RSOCheckpointError, RSOConfigError
+from rso_ds.recipes.data.dataset import PackedTokens
 from rso_ds.recipes.data.tokenization import load_tokenizer, tokenizer_fingerprint
 from rso_ds.recipes.training.arguments import TrainArguments, parse_arguments
+from rso_ds.recipes.training.data import corpus_of, held_out_tokens, identity_of, streams
 from rso_ds.recipes.training.held_out import held_out_loss
 from rso_ds.recipes.training.metrics import MetricsFile, validation
 
@@ -40,8 +40,7 @@ class Evaluator:
         self.micro = micro_batch or self.settings.micro_batch or 16
         self.tokens = eval_tokens or self.settings.eval_tokens
         self.context = RankContext(0, 0, 1, torch.cuda.is_available())
-        s = self.settings
-        self.corpus = Corpus(s.data, s.val_fraction, s.val_data, s.text_key)
+        self.corpus = corpus_of(self.settings)
         self._model: Any = None
         self._held_out: PackedTokens | None = None
         self.file = MetricsFile(run / EVALUATIONS, sys.maxsize)
@@ -108,14 +107,18 @@ class Evaluator:
         if self._held_out is None:
             cache = Path(self.settings.cache).expanduser()
             tokenizer = load_tokenizer(str(path / MODEL_FILES), self.corpus, self.settings.vocab_size, cache)
-            now = {"data": self.corpus.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
+            held_out = held_out_tokens(self.settings, self.corpus, tokenizer)
+            if held_out is None:
+                raise RSOConfigError(f"{self.run}: this run holds nothing out, so that there is nothing to evaluate.")
+            text = identity_of(held_out, streams(self.settings, self.corpus), self.corpus, "held_out")
+            now = {"held-out text": text, "tokenizer": tokenizer_fingerprint(tokenizer)}
             for key, value in now.items():
-                if trained_on[key] != value:
+                if trained_on.get(key) != value:
                     raise RSOCheckpointError(
-                        f"{path}: the run's {key} had the fingerprint {trained_on[key]}, now it is {value}: the loss"
-                        f" could not be compared. Restore --data {self.settings.data}, and start where the run was."
+                        f"{path}: the run's {key} was {trained_on.get(key)}, now it is {value}: the loss could not be"
+                        f" compared. Restore --data {self.corpus.source}, and start where the run was."
                     )
-            self._held_out = PackedTokens(token_file(self.corpus, "held_out", tokenizer, cache), self.settings.seq_len)
+            self._held_out = held_out
         return self._held_out
 
     def _filled(self, stored: DenseModel) -> Any:

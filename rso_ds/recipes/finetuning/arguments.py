@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from rso_ds.deepspeed_json import RSO_TYPE, optimizer_type
 from rso_ds.errors import RSOConfigError
+from rso_ds.text import UTF8, check_encoding, read_json
 
 METHODS = ("rso", "full", "lora")
 
@@ -26,8 +26,11 @@ class FinetuneArguments:
 
     model: str = field(metadata={"help": "Hugging Face folder or hub name; a LoRA adapter's is merged into its base."})
     data: str = field(metadata={"help": "csv, tsv, json, jsonl or parquet file, folder of them, or hub name[:subset]."})
-    eval_data: str | None = _flag(None, "Held-out data, in the same forms; default: a part of --data.")
-    eval_fraction: float = _flag(0.1, "Share of --data held out where there is no --eval_data.")
+    eval_data: str | None = _flag(
+        None, "Held-out data, in the same forms (of a folder or hub name its validation split, else test, else all)."
+    )
+    eval_fraction: float = _flag(0.1, "Share of --data held out without --eval_data and a validation split.")
+    encoding: str = _flag(UTF8, "How the text of csv, tsv and JSON files is encoded: utf-8, utf-16, cp1252, ...")
     max_rows: int | None = _flag(None, "Train on a random choice of so many rows (by --seed); default: all.")
     method: str | None = _flag(
         None, "rso, lora, or full (the optimizer that --optim names); default: rso, or what the DeepSpeed JSON selects."
@@ -42,6 +45,7 @@ class FinetuneArguments:
     def __post_init__(self) -> None:
         if self.method not in (None, *METHODS):
             raise RSOConfigError(f"--method must be one of {', '.join(METHODS)}, got '{self.method}'.")
+        check_encoding(self.encoding)
         if not 0 < self.eval_fraction < 1:
             raise RSOConfigError(f"--eval_fraction must lie between 0 and 1, got {self.eval_fraction}.")
         for name in ("max_rows", "lora_rank"):
@@ -73,7 +77,7 @@ class FinetuneArguments:
         else:
             config = training.deepspeed
             if not isinstance(config, dict):
-                config = json.loads(Path(config).read_text(encoding="utf-8"))
+                config = read_json(config, "--deepspeed")
             by_json = "rso" if optimizer_type(config) == RSO_TYPE else "full"
             method = self.method or by_json
             if (method == "rso") != (by_json == "rso"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rso_ds.errors import RSOConfigError
+from rso_ds.text import read_json
 
 
 def load_tokenizer(name: str) -> Any:
@@ -29,7 +29,7 @@ def load_pretrained(kind: Any, name: str, **options: Any) -> PreTrainedModel:
     try:
         if not adapter.is_file():
             return kind.from_pretrained(name, dtype=torch.float32, **options)
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json(adapter, "--model")["base_model_name_or_path"]
         try:
             from peft import PeftModel
         except ImportError:

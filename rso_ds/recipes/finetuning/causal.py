@@ -70,7 +70,7 @@ def _pairs(rows: Dataset, args: CausalArguments) -> Dataset:
     def pair(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
         return {
             "prompt": [f"{text}{args.separator}" for text in batch[args.prompt_column]],
-            "completion": [str(text) for text in batch[args.completion_column]],
+            "completion": batch[args.completion_column],
         }
 
     return rows.map(pair, batched=True, remove_columns=rows.column_names)

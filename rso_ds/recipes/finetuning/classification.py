@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ def trainer_parts(args: ClassificationArguments, seed: int, rows: Dataset, held_
 
     Raises ``RSOConfigError`` for one label only, or a held-out label that no training row has.
     """
-    labels = sorted({str(label) for label in rows[args.label_column]}, key=_numbers_first)
+    labels = sorted(set(rows[args.label_column]), key=_numbers_first)
     if len(labels) < 2:
         raise RSOConfigError(f"--label_column {args.label_column}: {args.data} has one label only, {labels[0]}.")
     ids = {label: i for i, label in enumerate(labels)}
-    unknown = sorted({str(label) for label in held_out[args.label_column]} - set(ids))
+    unknown = sorted(set(held_out[args.label_column]) - set(ids))
     if unknown:
         raise RSOConfigError(f"the held-out rows have the label '{unknown[0]}', which no training row has.")
     rows = sample(rows, args.max_rows, seed)
@@ -37,11 +38,11 @@ def trainer_parts(args: ClassificationArguments, seed: int, rows: Dataset, held_
     model.config.pad_token_id = tokenizer.pad_token_id
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [[str(text) for text in batch[args.text_column]]]
+        texts = [batch[args.text_column]]
         if args.pair_column is not None:
-            texts.append([str(text) for text in batch[args.pair_column]])
+            texts.append(batch[args.pair_column])
         encoded = dict(tokenizer(*texts, truncation=True, max_length=args.max_length))
-        encoded["labels"] = [ids[str(label)] for label in batch[args.label_column]]
+        encoded["labels"] = [ids[label] for label in batch[args.label_column]]
         return encoded
 
     return {
@@ -66,5 +67,5 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _numbers_first(label: str) -> tuple[bool, float, str]:
-    number = label.lstrip("-").isdigit()
+    number = re.fullmatch("-?[0-9]+", label) is not None
     return (not number, float(label) if number else 0.0, label)

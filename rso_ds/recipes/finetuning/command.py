@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
+from rso_ds.comm.agreement import agree_on
 from rso_ds.comm.counter import install
+from rso_ds.comm.outcome import agreed
 from rso_ds.comm.shutdown import leave_process_groups
 from rso_ds.config import RSOConfig
-from rso_ds.errors import RSOError
+from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.integrations.logs import with_subspace_logs
 from rso_ds.integrations.trainer import with_rso
 from rso_ds.layers import rso_layers
@@ -25,7 +27,7 @@ from rso_ds.planning.memory.kept import KeptRecorder
 from rso_ds.planning.memory.peak import peak_memory_bytes
 from rso_ds.recipes.finetuning import causal, classification
 from rso_ds.recipes.finetuning.arguments import CausalArguments, ClassificationArguments, FinetuneArguments
-from rso_ds.recipes.finetuning.data import load_splits
+from rso_ds.recipes.finetuning.data import load_splits, token_count
 from rso_ds.recipes.finetuning.parser import parse_arguments
 from rso_ds.recipes.training.model_card import write_card
 
@@ -48,8 +50,11 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
     """Fine-tune, evaluate, save the dense model; returns what ``results.json`` holds. All ranks call it."""
     method = ours.settle_method(training)
     set_seed(training.seed)  # a new classifier's weights are drawn before Trainer seeds anything
-    with training.main_process_first(desc="reading the data"):
-        rows, held_out = load_splits(ours, training.seed)
+    splits = agreed(lambda: load_splits(ours, training.seed), kind=RSOConfigError, whose=True)
+    agree_on(splits.marks, "Give every rank the same files and flags.")
+    rows, held_out = splits.train, splits.held_out
+    if training.process_index == 0:
+        _say(splits.description.text())
     if isinstance(ours, ClassificationArguments):
         base: Any = Trainer
         # Trainer takes every model for one whose loss is a sum over tokens of all ranks: it would multiply this mean.
@@ -70,6 +75,8 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
     if isinstance(ours, ClassificationArguments):
         # The forward takes any keyword, but the loss is a mean over rows: Trainer must divide by the accumulation.
         trainer.model_accepts_loss_kwargs = False
+    if training.process_index == 0:
+        _say(_tokens(trainer))
     before = traffic.by_kind()
     start = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -106,6 +113,17 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
     if training.process_index == 0:
         _write_card(ours, training, results, _configuration(trainer))
     return results
+
+
+def _tokens(trainer: Any) -> str:
+    counted = (("train", trainer.train_dataset), ("held out", trainer.eval_dataset))
+    return "; ".join(f"{name}: {len(part):,} sequences, {token_count(part):,} tokens" for name, part in counted)
+
+
+def _say(lines: str) -> None:
+    """Print, whatever characters the console has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(lines.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _configuration(trainer: Any) -> RSOConfig | None:
@@ -151,8 +169,6 @@ def _numel(param: nn.Parameter) -> int:
 
 def _with_lora(model: Any, ours: FinetuneArguments) -> Any:
     """LoRA on the layers that RSO would train in a subspace, and a trainable classification head."""
-    from rso_ds.errors import RSOConfigError
-
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -10,8 +11,19 @@ from transformers import HfArgumentParser, TrainingArguments
 from rso_ds.errors import RSOConfigError
 from rso_ds.recipes.finetuning.arguments import CausalArguments, ClassificationArguments, FinetuneArguments
 from rso_ds.recipes.finetuning.causal import sft_config
+from rso_ds.text import read_json
 
 TASKS = ("classification", "causal")
+
+
+def _json_of(deepspeed: str) -> str:
+    """The DeepSpeed JSON itself: TrainingArguments cannot read a file with a byte order mark."""
+    if deepspeed.lstrip().startswith("{"):
+        return deepspeed.lstrip()
+    config = read_json(deepspeed, "--deepspeed")
+    if not isinstance(config, dict):
+        raise RSOConfigError(f"--deepspeed {deepspeed} must hold a JSON object.")
+    return json.dumps(config)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[FinetuneArguments, TrainingArguments]:
@@ -21,7 +33,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[FinetuneArguments, TrainingArg
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--task", choices=TASKS, required=not {"-h", "--help"} & set(argv), default=TASKS[0])
+    first.add_argument("--deepspeed")
     task, rest = first.parse_known_args(argv)
+    if task.deepspeed is not None:
+        rest += ["--deepspeed", _json_of(task.deepspeed)]
     if task.task == "classification":
         parser = HfArgumentParser((ClassificationArguments, TrainingArguments))  # type: ignore[arg-type]
     else:

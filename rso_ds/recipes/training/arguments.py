@@ -15,12 +15,14 @@ import yaml
 
 from rso_ds.config import unknown_key
 from rso_ds.errors import RSOConfigError
+from rso_ds.recipes.data.mixture import names_and_weights
+from rso_ds.text import check_encoding, read_text
 
 
 def _flag(default: Any, help: str, **options: Any) -> Any:
     metadata = {"help": help, **options}
     if isinstance(default, list):
-        return field(default_factory=list, metadata=metadata)
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -46,10 +48,25 @@ class TrainArguments:
     init: str = _flag(
         "auto", "Weights of --model: random, pretrained, or whichever it has.", choices=("auto", "random", "pretrained")
     )
-    data: str = _flag("stdlib", "Text, jsonl(.xz/.gz/.zst) or parquet file or folder, hub dataset, or 'stdlib'.")
-    val_data: str | None = _flag(None, "Held-out data; default: valid.* of the folder, or part of --data.")
-    val_fraction: float = _flag(0.02, "Share of the documents held out where there is no valid.* and no --val-data.")
-    text_key: str = _flag("text", "Key or column of the text in jsonl and parquet.")
+    data: list[str] = _flag(
+        ["stdlib"],
+        "Text, jsonl, json, csv, tsv or parquet file (.xz/.gz/.zst/.bz2), pattern, folder, hub dataset"
+        " [owner/]name[:subset[:split]], or 'stdlib'. Repeat it for several, with weights for a mixture: --data a:0.7"
+        " --data b:0.3.",
+        metavar="NAME[:WEIGHT]",
+    )
+    val_data: str | None = _flag(None, "Held-out data; default: the validation split of --data, or part of it.")
+    val_fraction: float = _flag(
+        0.02, "Share of --data held out where it has no validation split and there is no --val-data; 0: none."
+    )
+    text_key: str = _flag("text", "Key or column of the text in jsonl, json, csv and parquet.")
+    encoding: str = _flag("utf-8", "Of text, json and csv files: utf-16, cp1252, ...")
+    stream: str = _flag(
+        "auto",
+        "Read and tokenise while training, not before: yes, no, or auto: hub datasets, mixtures and more than 1 GiB.",
+        choices=("auto", "yes", "no"),
+    )
+    data_workers: int = _flag(1, "Processes a rank that read a stream; 0: a thread of the training process.")
     tokenizer: str | None = _flag(None, "Folder or hub name; default: a BPE trained on the data.")
     vocab_size: int = _flag(4096, "Size of the trained BPE.")
     seq_len: int = _flag(256, "Tokens a sequence.")
@@ -91,6 +108,17 @@ class TrainArguments:
     resume: str | None = _flag(
         None, "Checkpoint, or folder of checkpoints, to go on from; 'auto': the output folder's latest, if any."
     )
+    resume_schedule: str = _flag(
+        "stretch",
+        "Of a resumed run with another number of steps: the schedule over all of them, or continue the old one, whose"
+        " last rate then stays.",
+        choices=("stretch", "continue"),
+    )
+    resume_new_batch: bool = _flag(
+        False,
+        "Allow a resumed run another batch: the data go on where they stopped, steps are counted on, and the learning"
+        " rate is not scaled.",
+    )
     prompt: str = _flag("", "Start of the sample printed at the end; default: the beginning of held-out text.")
     sample_tokens: int = _flag(60, "Length of that sample; 0: none.")
 
@@ -100,6 +128,7 @@ class TrainArguments:
             ("log_interval", 1), ("eval_interval", 0), ("eval_tokens", 1), ("save_interval", 0),
             ("keep_last", 0), ("keep_best", 0), ("max_skipped", 1),
             ("vocab_size", 257), ("replicas", 1), ("timeout", 1), ("seed", 0), ("sample_tokens", 0),
+            ("data_workers", 0),
         ):  # fmt: skip
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
@@ -112,8 +141,13 @@ class TrainArguments:
                 raise RSOConfigError(f"--{_dashed(f.name)} must be true or false, got {value!r}.")
             if str(f.type).startswith("str") and not isinstance(value, str) and (value is not None or f.type == "str"):
                 raise RSOConfigError(f"--{_dashed(f.name)} must be a text, got {value!r}.")
-        if not isinstance(self.set, list) or not all(isinstance(item, str) for item in self.set):
-            raise RSOConfigError(f"--set must be a list of KEY=VALUE, got {self.set!r}.")
+        for key, what in (("set", "KEY=VALUE"), ("data", "names")):
+            value = getattr(self, key)
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise RSOConfigError(f"--{key} must be a list of {what}, got {value!r}.")
+        check_encoding(self.encoding)
+        if names_and_weights(self.data)[1] is not None and self.stream == "no":
+            raise RSOConfigError("--stream no: a mixture with weights is streamed; leave out the weights, or the flag.")
         for key in ("learning_rate", "weight_decay", "clip"):
             value = getattr(self, key)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
@@ -147,7 +181,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     for name, f in fields.items():
         options: dict[str, Any] = {k: v for k, v in f.metadata.items() if k != "help"}
-        default = [] if f.default is dataclasses.MISSING else f.default
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         options["help"] = f"{f.metadata['help']} [{default}]".replace("%", "%%")
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -179,14 +213,14 @@ def _coerce(key: str, value: Any, annotation: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             raise RSOConfigError(f"'{key}' must be a number, got {value!r}.") from None
+    if key == "data" and isinstance(value, str):
+        return [value]
     return value
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RSOConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
+        content = yaml.safe_load(read_text(path, "--config"))
     except yaml.YAMLError as error:
         raise RSOConfigError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(content, dict):

@@ -11,8 +11,8 @@ from rso_ds.comm.failures import NO_ROOM, lost_rank
 from rso_ds.comm.rank_context import restart_advice, start
 from rso_ds.comm.shutdown import leave_process_groups
 from rso_ds.errors import RSOError
-from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.training.arguments import parse_arguments
+from rso_ds.recipes.training.data import corpus_of
 from rso_ds.recipes.training.fill_json import read_json
 from rso_ds.recipes.training.loop import Job
 from rso_ds.recipes.training.signals import EXIT_REQUEUE, Interruption, ignore_signals
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             args = parse_arguments(argv)
             ds_json = read_json(args)
-            corpus = Corpus(args.data, args.val_fraction, args.val_data, args.text_key)
+            corpus = corpus_of(args)
             advice = restart_advice(args.resume)
             if advice and os.environ.get("RANK") == "0":
                 print(advice, flush=True)

@@ -14,6 +14,7 @@ from rso_ds.config import AUTO, RSOConfig
 from rso_ds.errors import RSOConfigError
 from rso_ds.models import has_weights
 from rso_ds.recipes.training.arguments import TrainArguments
+from rso_ds.text import read_json as read_json_file
 
 # With a first moment that restarts at 0 the mean step of interval 10 is 0.41 of AdamW's, that of 50 0.82 of it
 # (docs/algorithm.md): a long run from random weights has five times the interval and half the rate, and both have one
@@ -31,12 +32,7 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
     Where it leaves RSO's lr "auto" and the model begins with random weights, ``dense_lr`` is "auto" too.
     """
     path = Path(args.deepspeed)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RSOConfigError(f"--deepspeed {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise RSOConfigError(f"--deepspeed {path} is not JSON: {error}.") from None
+    config = read_json_file(path, "--deepspeed")
     if (
         not isinstance(config, dict)
         or not isinstance(config.get("optimizer"), dict)
@@ -109,9 +105,18 @@ def _agreed(config: dict[str, Any], key: str, flag: str, value: int | None) -> i
     return number
 
 
-def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: int, on_gpu: bool) -> dict[str, Any]:
+def fill(
+    config: dict[str, Any],
+    args: TrainArguments,
+    world_size: int,
+    steps: int,
+    on_gpu: bool,
+    schedule_steps: int | None = None,
+) -> dict[str, Any]:
     """Fill every "auto" that this program knows how to, and the batch sizes. Changes and returns ``config``.
 
+    ``steps``: those the run was first meant to have, by which interval and rates are chosen; ``schedule_steps``: those
+    of the schedule, where they are others.
     Raises ``RSOConfigError`` for an "auto" it does not know and for an unknown optimizer without a rate.
     """
     micro, accumulation = batch_sizes(config, args, world_size)
@@ -121,7 +126,8 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    warmup = max(2, round(args.warmup * steps))
+    of_schedule = steps if schedule_steps is None else schedule_steps
+    warmup = max(2, round(args.warmup * of_schedule))
     params = config["optimizer"]["params"]
     if config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
         params.setdefault("lr", RSOConfig.lr)  # DeepSpeed's Adam has the same default
@@ -150,7 +156,7 @@ def fill(config: dict[str, Any], args: TrainArguments, world_size: int, steps: i
         },
     )  # fmt: skip
     for key, value in (
-        ("total_num_steps", steps), ("warmup_num_steps", warmup), ("cos_min_ratio", args.final_lr),
+        ("total_num_steps", of_schedule), ("warmup_num_steps", warmup), ("cos_min_ratio", args.final_lr),
         ("warmup_max_lr", params["lr"]), ("warmup_min_lr", 0.0),
     ):  # fmt: skip
         _fill(scheduler.get("params", {}), key, value)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from rso_ds.checkpoint import Retention, save_dense
-from rso_ds.checkpoint.folder import MANIFEST, automatic_tag, has_checkpoints
+from rso_ds.checkpoint.folder import has_checkpoints
 from rso_ds.comm.agreement import agree_on
 from rso_ds.comm.decisions import decided, patiently
 from rso_ds.comm.failures import limit_waiting
@@ -22,23 +21,22 @@ from rso_ds.comm.outcome import agreed
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.config import RSOConfig
 from rso_ds.engines.observer import Observer
-from rso_ds.errors import RSOCheckpointError, RSOConfigError, RSOError
+from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.models import LLAMA_SHAPES
 from rso_ds.planning.memory.account import Account, Accountant, model_builder
 from rso_ds.planning.memory.peak import peak_memory_bytes
 from rso_ds.planning.memory.profile import StepProfiler, report
 from rso_ds.planning.memory.states import Engine
 from rso_ds.recipes.data.corpus import Corpus
-from rso_ds.recipes.data.dataset import PackedTokens, token_file
-from rso_ds.recipes.data.read_ahead import read_ahead
-from rso_ds.recipes.data.tokenization import load_tokenizer, tokenizer_fingerprint
 from rso_ds.recipes.training.arguments import TrainArguments
+from rso_ds.recipes.training.data import prepare
 from rso_ds.recipes.training.engines import build_engine
 from rso_ds.recipes.training.fill_json import batch_sizes, fill
 from rso_ds.recipes.training.held_out import held_out_loss, perplexity, sample
 from rso_ds.recipes.training.metrics import Display, MetricsFile, Waits, per_step, traffic_summary, validation
 from rso_ds.recipes.training.model_card import write_card
 from rso_ds.recipes.training.monitor import Monitor, check_monitors
+from rso_ds.recipes.training.resume import FORMAT, changed_settings, check_same_run, find_resume_point
 from rso_ds.recipes.training.signals import EXIT_REQUEUE, Interruption
 from rso_ds.recipes.training.steps import StepSync, StepWatch
 
@@ -54,123 +52,105 @@ class Job:
                 f"--output {self.output} holds checkpoints of an earlier run: continue it with --resume auto, or give"
                 " another --output."
             )
-        self.tokenizer, train_file, held_out_file = self._prepare_data()
-        self.train_data = PackedTokens(train_file, args.seq_len, args.seed)
-        self.held_out = PackedTokens(held_out_file, args.seq_len)
+        self.data = prepare(args, corpus, context)
+        if context.rank == 0:
+            print(self.data.description.text(), flush=True)
+        self.tokenizer, self.held_out = self.data.tokenizer, self.data.held_out
         self.micro, self.accumulation = batch_sizes(ds_json, args, context.world_size)
-        self.tokens_per_step = self.micro * self.accumulation * context.world_size * args.seq_len
-        self.steps = self._number_of_steps()
+        self.batch = self.micro * self.accumulation * context.world_size
+        self.tokens_per_step = self.batch * args.seq_len
         self._agree_on_data()
-        self.ds_json = fill(ds_json, args, context.world_size, self.steps, context.on_gpu)
+        if args.keep_best and self.held_out is None:
+            raise RSOConfigError("--keep-best chooses by the held-out loss, and nothing is held out: drop one of them.")
+        self.point = find_resume_point(args, self.output, context.rank == 0)
+        if self.point is not None:
+            check_same_run(self.point, {**self.data.identity, **self._order()}, args.resume_new_batch)
+        self.first_step = self.point.step if self.point else 0
+        self.first_sequence: int = self.point.position["sequences"] if self.point else 0
+        self.steps = self._number_of_steps()
+        # Interval and rates follow the length that the run was first meant to have, however it is extended.
+        self.planned: int = self.point.run["planned"] if self.point else self.steps
+        stretched = self.point is None or args.resume_schedule == "stretch"
+        self.schedule_steps: int = self.steps if stretched else self.point.run["schedule_steps"]  # type: ignore[union-attr]
+        self.ds_json = fill(ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps)
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
+        shape = (self.accumulation, context.world_size, context.rank, self.micro)
+        position = None if self.point is None else self.point.position
+        self.batches = self.data.batches(shape, position, context.device)
         self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
+        self._resume()
         agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
-        self.first_step = self._resume()
         if args.profile_memory and args.engine != "deepspeed":
             raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
-        self.batches = read_ahead(self._read, self.first_step, context.device)
         self.waits = Waits()
         self.monitor = Monitor(self.ds_json, self.engine, self.tokens_per_step // args.seq_len)
         self.display = Display(self.steps, self.first_step, context.rank == 0)
 
     # -- building ------------------------------------------------------------------------------------
 
-    def _prepare_data(self) -> tuple[Any, Path, Path]:
-        """Tokenizer and token files. One rank a node makes what is missing while the others wait."""
-        cache = Path(self.args.cache).expanduser()
-
-        def load() -> tuple[Any, Path, Path]:
-            try:
-                tokenizer = load_tokenizer(self._tokenizer_name(), self.corpus, self.args.vocab_size, cache)
-                parts = [token_file(self.corpus, part, tokenizer, cache) for part in ("train", "held_out")]
-            except RSOError:
-                raise
-            except Exception as error:
-                raise RSOConfigError(
-                    f"--data {self.args.data} cannot be prepared: {type(error).__name__}: {error}"
-                ) from error
-            return tokenizer, parts[0], parts[1]
-
-        work = load if self.context.local_rank == 0 else None
-        made = patiently(work, "preparing the data", self.args.timeout, RSOConfigError)
-        ready = agreed(lambda: load() if made is None else made, kind=RSOConfigError)
-        return ready
-
     def _write_settings(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        if self.point is not None:
+            for change in changed_settings(self.point, self.args, self.ds_json):
+                print(f"--resume {self.point.wanted}, with another {change}", flush=True)
+        description = json.dumps(self.data.description.to_dict(), indent=2)
+        (self.output / "data.json").write_text(description, encoding="utf-8")
         self.args.save(self.output / "config.yaml")
         (self.output / "deepspeed.json").write_text(json.dumps(self.ds_json, indent=2))
 
     def _agree_on_data(self) -> None:
         """Ranks read files of their own: another text, tokenizer or length would end in steps that do not match."""
         mine = {
-            "training data (tokens)": _of_tokens(self.train_data),
-            "held-out data (tokens)": _of_tokens(self.held_out),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "number of steps": self.steps,
+            **self.data.to_agree_on(),
+            "number of steps": [self.args.max_steps, self.args.train_tokens],
             "batch": [self.micro, self.accumulation, self.args.seq_len, self.args.seed],
         }
         agree_on(mine, "Give every rank the same --data, --tokenizer, --cache and flags.")
 
-    def _tokenizer_name(self) -> str | None:
-        """``--tokenizer``, else the model's own where its weights are used, else None (train a BPE)."""
-        args = self.args
-        if args.tokenizer is not None or args.model in LLAMA_SHAPES or args.init == "random":
-            return args.tokenizer
-        return args.model
-
     def _number_of_steps(self) -> int:
-        if self.args.max_steps is not None:
-            return self.args.max_steps
-        tokens = self.args.train_tokens or self.train_data.count * self.args.seq_len
-        return max(1, tokens // self.tokens_per_step)
+        """In all: as many as are asked for, or as the tokens that are left of --train-tokens, or of an epoch, make."""
+        args, done = self.args, self.first_step
+        if args.max_steps is not None:
+            steps = args.max_steps
+        elif args.train_tokens is None and self.data.packed is None:
+            raise RSOConfigError("a stream has no end: give --max-steps or --train-tokens.")
+        else:
+            tokens = args.train_tokens or self.data.packed.count * args.seq_len  # type: ignore[union-attr]
+            steps = done + max(0 if done else 1, (tokens - self.first_sequence * args.seq_len) // self.tokens_per_step)
+        if self.point is not None and steps < done:
+            raise self.point.refuse(f"{done} steps have been taken already, and this run is to have {steps} in all.")
+        return steps
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to see the data that the first one would have seen."""
-        return {
-            "seed": self.args.seed,
-            "seq_len": self.args.seq_len,
-            "sequences_per_step": self.tokens_per_step // self.args.seq_len,
-            "data": self.corpus.fingerprint(),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "steps": self.steps,
-        }
+    def _order(self) -> dict[str, Any]:
+        """What the order of the data depends on, beside the data."""
+        return {"seed": self.args.seed, "seq_len": self.args.seq_len, "sequences_per_step": self.batch}
 
-    def _resume(self) -> int:
-        """Load the checkpoint that ``--resume`` names; returns the number of steps already taken."""
-        wanted = self.args.resume
-        if wanted is None:
-            return 0
-        folder, tag = self.output / "checkpoints" if wanted == "auto" else Path(wanted), None
-        if wanted == "auto":
-            found, tag, remark = decided(lambda: (has_checkpoints(folder), *automatic_tag(folder)))
-            if self.context.rank == 0 and remark:
-                print(f"--resume auto: {remark}", flush=True)
-            if not found:
-                return 0
-        if decided(lambda: (folder / MANIFEST).is_file()):
-            folder, tag = folder.parent, folder.name
+    def _about_run(self) -> dict[str, Any]:
+        """What a resumed run is compared with."""
+        lengths = {"steps": self.steps, "planned": self.planned, "schedule_steps": self.schedule_steps}
+        return {"format": FORMAT, **self.data.identity, **self._order(), **lengths, "lr": self._peak_rate()}
 
-        def same_run(client: dict[str, Any]) -> None:
-            if "run" not in client:
-                raise RSOCheckpointError(f"--resume {wanted}: it was not saved by train.py.")
-            for key, value in self._identity().items():
-                if client["run"].get(key) != value:
-                    raise RSOCheckpointError(
-                        f"--resume {wanted}: that run had {key} = {client['run'].get(key)!r}, this one {value!r}: the"
-                        " data would not continue where it stopped. Use the same settings, or start anew without"
-                        " --resume."
-                    )
+    def _peak_rate(self) -> float:
+        return float(self.ds_json["optimizer"]["params"]["lr"])
 
-        path, client = self.engine.checkpoints.load(folder, tag, same_run)
+    def _resume(self) -> None:
+        """Load the checkpoint of ``self.point``."""
+        point = self.point
+        if point is None:
+            return
+        path, _ = self.engine.checkpoints.load(point.folder, point.tag)
         if self.context.rank == 0:
-            print(f"--resume {wanted}: continuing from {path}, after step {client['step']}", flush=True)
-        return int(client["step"])
+            print(f"--resume {point.wanted}: continuing from {path}, after step {point.step}", flush=True)
+        if (point.run["schedule_steps"], point.run["lr"]) != (self.schedule_steps, self._peak_rate()):
+            # The rate of the next step is in the checkpoint, by the old schedule.
+            schedule = getattr(self.engine, "lr_scheduler", None) or getattr(self.engine, "scheduler", None)
+            if schedule is not None:
+                schedule.step(schedule.last_batch_iteration)
 
     def _save(self, step: int, score: float) -> None:
         background = {"wait": False} if self.args.async_save else {}
@@ -178,7 +158,7 @@ class Job:
             self.engine.checkpoints.save(
                 self.output / "checkpoints",
                 f"step{step}",
-                {"step": step, "run": self._identity()},
+                {"step": step, "position": self.batches.position(), "run": self._about_run()},
                 keep=Retention(self.args.keep_last, self.args.keep_best),
                 score=score if math.isfinite(score) else None,
                 model_files=self.tokenizer.save_pretrained,
@@ -195,6 +175,7 @@ class Job:
             return self._train(interruption)
         finally:
             self.monitor.close()
+            self.batches.close()
 
     def _train(self, interruption: Interruption) -> bool:
         args, engine, display = self.args, self.engine, self.display
@@ -205,13 +186,13 @@ class Job:
         )
         display.say(
             f"{args.model}: {self.steps} steps of {self.tokens_per_step:,} tokens on {self.context.world_size} ranks,"
-            f" micro batch {self.micro} x accumulation {self.accumulation};"
-            f" {len(self.train_data.tokens):,} training and {len(self.held_out.tokens):,} held-out tokens"
+            f" micro batch {self.micro} x accumulation {self.accumulation}"
         )
         before = self._evaluate()
-        display.say(f"held-out before: loss {before:.4f}, perplexity {perplexity(before):.2f}")
-        if metrics and self.first_step == 0:
-            metrics.write({"step": 0, "tokens": 0, **validation(before)})
+        if self.held_out is not None:
+            display.say(f"held-out before: loss {before:.4f}, perplexity {perplexity(before):.2f}")
+            if metrics and self.first_step == 0:
+                metrics.write({"step": 0, "tokens": 0, **validation(before)})
         engine.train()
         observer = Observer(engine.rso) if hasattr(engine, "rso") else None
         sync = StepSync(self.context, engine.traffic, args.timeout)
@@ -221,12 +202,15 @@ class Job:
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
             lr = engine.optimizer.param_groups[0]["lr"]
-            evaluate = step == self.steps or (args.eval_interval > 0 and step % args.eval_interval == 0)
-            log = step % args.log_interval == 0 or evaluate or step == self.first_step + 1
+            last = step == self.steps
+            evaluate = self.held_out is not None and (
+                last or (args.eval_interval > 0 and step % args.eval_interval == 0)
+            )
+            log = last or step % args.log_interval == 0 or evaluate or step == self.first_step + 1
             if observer and log:
                 observer.watch_step()
             skipped_before = engine.skipped_steps
-            own_loss = self._train_step(step - 1)
+            own_loss = self._train_step(step)
             loss, stop, skipped = sync(own_loss, interruption.requested, engine.skipped_steps > skipped_before)
             watch.after(step, loss, skipped)
             if log:
@@ -236,7 +220,7 @@ class Job:
                     "step": step,
                     "loss": watch.window(),
                     "lr": lr,
-                    "tokens": step * self.tokens_per_step,
+                    "tokens": self._tokens_by(step),
                     "tokens_per_second": taken * self.tokens_per_step / elapsed,
                     "comm_bytes": per_step(engine.traffic.by_kind(), sent, taken),
                     "peak_memory_bytes": peak_memory_bytes(),
@@ -284,16 +268,16 @@ class Job:
         saved = f"saved step{step}" if watch.sound else "nothing saved, since the loss of this step is not finite"
         return f"{why}: stopped after step {step}, {saved}; continue with --resume auto (exit status {EXIT_REQUEUE})"
 
-    def _read(self, step: int) -> torch.Tensor:
-        context = self.context
-        return self.train_data.micro_batches(step, self.accumulation, context.world_size, context.rank, self.micro)
+    def _tokens_by(self, step: int) -> int:
+        """Tokens trained on by the end of step ``step``."""
+        return self.first_sequence * self.args.seq_len + (step - self.first_step) * self.tokens_per_step
 
     def _train_step(self, step: int) -> float:
         with self.waits.of("data"):
             ids = next(self.batches)
         losses = []
         for i, micro in enumerate(ids):
-            if self.args.profile_memory and step == self.first_step + 1 and i == 0:
+            if self.args.profile_memory and step == self.first_step + 2 and i == 0:
                 loss = self._profiled(micro)
             else:
                 loss = self._forward(micro)
@@ -330,6 +314,9 @@ class Job:
         return accountant.account("rso" if is_rso else "adamw", self.micro, self.args.seq_len)
 
     def _evaluate(self) -> float:
+        """The held-out loss, NaN if nothing is held out."""
+        if self.held_out is None:
+            return math.nan
         with self.engine.traffic.phase("evaluation"):
             return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.context)
 
@@ -351,24 +338,27 @@ class Job:
         if self.args.sample_tokens:
             from transformers import AutoModelForCausalLM
 
-            prompt = self.args.prompt or self.tokenizer.decode(self.held_out.tokens[:16].tolist())
+            prompt = self.args.prompt or str(self.tokenizer.decode(self.data.beginning(16)))
             model = AutoModelForCausalLM.from_pretrained(folder)
             text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
             self.display.say(f"--- sample\n{text}\n---")
-        self.display.say(
-            f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
-            f" (loss {before:.4f} -> {after:.4f})\nmodel: {folder}   metrics: {self.output / 'metrics.jsonl'}"
-        )
+        if self.held_out is not None:
+            self.display.say(
+                f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
+                f" (loss {before:.4f} -> {after:.4f})"
+            )
+        self.display.say(f"model: {folder}   metrics: {self.output / 'metrics.jsonl'}")
 
     def _write_card(self, folder: Path, loss: float) -> None:
         args = self.args
         recipe = {
-            "data": Path(args.data).name, "steps": self.steps, "sequence length": args.seq_len,
+            "data": " + ".join(Path(name).name for name in self.data.corpus.names),
+            "steps": self.steps, "sequence length": args.seq_len,
             "tokens a step": self.tokens_per_step, "engine": args.engine, "ranks": self.context.world_size,
             "optimizer": self.ds_json["optimizer"]["type"], "learning rate": self.ds_json["optimizer"]["params"]["lr"],
             "seed": args.seed,
         }  # fmt: skip
-        scores = validation(loss)
+        scores = {} if self.held_out is None else validation(loss)
         base = None if args.model in LLAMA_SHAPES or args.init == "random" else args.model
         rso = self.engine.rso.config if hasattr(self.engine, "rso") else None
         write_card(folder, {"shape": args.model, **recipe} if base is None else recipe, scores, rso, base)
@@ -379,10 +369,3 @@ class Job:
         details = {"ranks": self.context.world_size, "nodes": traffic.node_count, "steps": taken}
         (self.output / "comm.json").write_text(json.dumps({**details, "traffic": traffic.table()}, indent=2))
         self.display.say(traffic_summary(traffic, taken))
-
-
-def _of_tokens(data: PackedTokens) -> list[int]:
-    """Length and a checksum of a share of the tokens, without reading all of a large file."""
-    tokens = data.tokens
-    some = tokens[:: max(1, len(tokens) // 100_000)]
-    return [len(tokens), zlib.crc32(some.tobytes())]
