@@ -90,8 +90,8 @@ def codec_of(head: bytes, name: str, encoding: str = UTF8) -> str:
             )
         return "utf-8-sig" if marked == UTF8 else marked
     if asked in ("utf-16", "utf-32"):
-        likely = _unmarked(head) or f"{asked}-le (Windows) or {asked}-be"
-        raise RSOConfigError(f"{name} has no byte order mark to tell which {asked} it is: say --encoding {likely}.")
+        which = _unmarked(head) or f"{asked}-le (Windows) or {asked}-be"
+        raise RSOConfigError(f"{name} has no byte order mark to tell which {asked} it is: say --encoding {which}.")
     zero = head.find(b"\0") if _is_utf8(encoding) else -1
     if zero >= 0:
         likely = _unmarked(head)

@@ -7,8 +7,8 @@
 
 ``make`` writes shards of records cut at random from the standard library's source code. ``speed`` reads them alone:
 tokens a second and the readers' own memory, by number of processes. ``waiting`` trains and sums up what
-``metrics.jsonl`` says about waiting. ``kills`` kills runs on two ranks at random moments, resumes them on two ranks or on one, and
-compares the end with an undisturbed run. Prints Markdown.
+``metrics.jsonl`` says about waiting. ``kills`` kills runs on two ranks at random moments, resumes them on two ranks or
+on one, and compares the end with an undisturbed run. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -216,7 +216,8 @@ def broken_models(space):
 
 def not_finite(space, broken_models, name: str, engine: str, *flags: str) -> tuple[faults.Run, TrainRanks]:
     run = faults.Run(space, f"{name}-{engine}", [*FLAGS, *SKIPPING[engine], *flags])
-    run.flags += ["--model", str(space.folder / name), "--data", str(broken_models[0]), "--val-data", str(space.data)]
+    run.flags[run.flags.index("--data") + 1] = str(broken_models[0])
+    run.flags += ["--model", str(space.folder / name), "--val-data", str(space.data)]
     return run, run.start()
 
 

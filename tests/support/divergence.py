@@ -43,16 +43,16 @@ def own_node(argv: list[str]) -> list[str]:
 
 
 def slow_preparation(argv: list[str]) -> list[str]:
-    import rso_ds.recipes.training.loop as loop
+    import rso_ds.recipes.training.data as data
 
-    inner = loop.load_tokenizer
+    inner = data.load_tokenizer
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         if not _odd():
             time.sleep(SLOW)
         return inner(*args, **kwargs)
 
-    loop.load_tokenizer = slow
+    data.load_tokenizer = slow
     return argv
 
 
@@ -70,26 +70,26 @@ def slow_end(argv: list[str]) -> list[str]:
 
 
 def dies_preparing(argv: list[str]) -> list[str]:
-    import rso_ds.recipes.training.loop as loop
+    import rso_ds.recipes.training.data as data
 
     def die(*_: Any, **__: Any) -> Any:
         os._exit(9)
 
     if not _odd():
-        loop.load_tokenizer = die
+        data.load_tokenizer = die
     return argv
 
 
 def dies_on_another_node(argv: list[str]) -> list[str]:
     """Rank 1 prepares the data of its own node, and dies; the store that tells of it stays."""
-    import rso_ds.recipes.training.loop as loop
+    import rso_ds.recipes.training.data as data
 
     def die(*_: Any, **__: Any) -> Any:
         os._exit(9)
 
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if _odd():
-        loop.load_tokenizer = die
+        data.load_tokenizer = die
     return argv
 
 

@@ -106,7 +106,7 @@ def no_hub(monkeypatch):
     ("name", "repository", "subset", "split"),
     [
         ("wikitext", "wikitext", None, ""),
-        ("owner/name", "owner/name", None, ""),
+        ("owner/name@v1.0", "owner/name", None, ""),
         ("mlfoundations/dclm-baseline-1.0", "mlfoundations/dclm-baseline-1.0", None, ""),
         ("teknium/OpenHermes-2.5", "teknium/OpenHermes-2.5", None, ""),
         ("org/name:v1.1", "org/name", "v1.1", ""),
@@ -122,6 +122,7 @@ def test_names_of_the_hub_are_taken_as_such_and_nobody_is_asked(
     found = find_source(name)
     assert isinstance(found, HubDataset)
     assert (found.repository, found.subset, found.split) == (repository, subset, split)
+    assert found.revision == ("v1.0" if "@" in name else None)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_the_standard_library_is_enough_text():
 
 def hub(folder: Path, monkeypatch, **more) -> HubDataset:
     ask = datasets.load_dataset_builder
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, subset: ask(str(folder), subset))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, subset, revision: ask(str(folder), subset))
     return HubDataset("org/name", "org/name", more.get("subset"), more.get("split", ""), "--data")
 
 
@@ -197,7 +198,7 @@ def test_what_the_hub_cannot_give(tmp_path, monkeypatch, names, more, message):
 
 
 def test_a_hub_out_of_reach_is_one_message(monkeypatch):
-    def unreachable(*_):
+    def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'org/name' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)

@@ -242,7 +242,7 @@ def test_the_fingerprint_is_of_content_and_split_and_not_of_names(tmp_path):
 def test_the_hub_is_not_asked_before_its_files_are_needed(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: 1 / 0)
     corpus = Corpus(["org/name", "teknium/OpenHermes-2.5:v1.1"], held_out_source="org/other")
     assert corpus.files is None
     with pytest.raises(RSOConfigError, match="the hub cannot give it: division by zero"):

@@ -100,7 +100,7 @@ def test_hub_datasets_are_read_alike(tmp_path, monkeypatch):
         typed = Dataset.from_dict({"text": [split, "b"], "label": [1, -1 if split == "test" else 0]}, features=features)
         typed.to_parquet(tmp_path / "typed" / "data" / f"{split}-00000-of-00001.parquet")
 
-    def from_folder(name: str, subset: str | None = None, **options: object) -> object:
+    def from_folder(name: str, subset: str | None = None, revision: str | None = None, **options: object) -> object:
         return datasets.load_dataset(str(tmp_path / name.rpartition("/")[2]), subset, **options)
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -20,12 +21,13 @@ from support.exhaustive import quick
 from rso_ds import RSOConfigError
 from rso_ds.errors import RSOError
 from rso_ds.recipes.data import blocks
-from rso_ds.recipes.data.blocks import Block, block_texts
-from rso_ds.recipes.data.corpus import Corpus
-from rso_ds.recipes.data.files import local_file
-from rso_ds.recipes.data.lanes import LaneReader, first_places
+from rso_ds.recipes.data.blocks import Block, BlockOrder, block_texts
+from rso_ds.recipes.data.corpus import Corpus, Member
+from rso_ds.recipes.data.files import DataFile, local_file
+from rso_ds.recipes.data.lanes import LaneReader, StreamPlan, first_places
 from rso_ds.recipes.data.mixture import names_and_weights
 from rso_ds.recipes.data.records import texts
+from rso_ds.recipes.data.sources import Source
 from rso_ds.recipes.data.stream import StreamSteps, furthest, lanes_for, plan_stream
 from rso_ds.recipes.training.data import Batches
 
@@ -69,7 +71,7 @@ def write(folder: Path, kind: str, numbers=range(RECORDS)) -> Path:
 
 def plan_of(source, weights=None, held_out=0.0, batch=BATCH):
     names = [str(s) for s in source] if isinstance(source, list) else str(source)
-    return plan_stream(Corpus(names, held_out), weights, TOKENIZER, SEQ, SEED, lanes_for(batch))
+    return plan_stream(Corpus(names, held_out).streamed(), weights, TOKENIZER, SEQ, SEED, lanes_for(batch))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,50 @@ def test_an_epoch_has_every_record_once_and_whole(tmp_path, kind):
     assert set(seen) == {record(n) for n in range(RECORDS)}
     beyond = seen - Counter(set(seen))
     assert sum(beyond.values()) <= plan.lanes * max(1, RECORDS // order.count)  # of the second epoch's first blocks
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "latin.txt", "b.txt"])
+def test_held_out_lines_of_a_plain_text_never_train(tmp_path, name):
+    """Of a long one, which is a document for each 64 KiB wherever it is cut into blocks; and of a folder of texts."""
+    encoding = "cp1252" if "latin" in name else "utf-8"
+    numbers = iter(range(10**6))
+    for copy in range(60 if name == "b.txt" else 1):
+        raw = "".join(f"<{next(numbers)}> é {'words ' * 9}\n" for _ in range(900 if name == "b.txt" else 60_000))
+        path = tmp_path / f"{copy}{name}"
+        path.write_bytes(gzip.compress(raw.encode()) if name.endswith(".gz") else raw.encode(encoding))
+    corpus = Corpus(str(tmp_path), 0.1, encoding=encoding).streamed()
+    held_out, train = (set("".join(corpus.documents(part)).splitlines()) for part in ("held_out", "train"))
+    assert held_out
+    assert not held_out & train
+    assert len(held_out | train) == next(numbers)
+    plan = plan_stream(corpus, None, TOKENIZER, SEQ, SEED, 16)
+    (member,) = plan.members
+    streamed = set()
+    for place in range(plan.orders[0].count):
+        block, _ = plan.orders[0].block(place)
+        file = member.source.train[block.file]
+        for text in block_texts(file, block, "", encoding):
+            streamed |= set(member.split.part(text, held_out=False).splitlines())
+    assert streamed == train
+
+
+def test_files_of_the_hub_are_read_from_their_start(tmp_path):
+    """As any file of another machine: a file system in memory stands for it."""
+    folder = write(tmp_path / "a", "jsonl.gz", range(400))
+    write(folder, "parquet", range(400, RECORDS))
+    remote = fsspec.filesystem("memory")
+    files = []
+    for path in sorted(folder.iterdir()):
+        remote.pipe_file(f"/hub/{path.name}", path.read_bytes())
+        own = local_file(path)
+        files.append(DataFile(f"memory://hub/{path.name}", own.name, own.size, own.kind, own.compression))
+    member = Member(Source("org/name", tuple(files)), 0.0, "text", "utf-8")
+    order = BlockOrder(files, "utf-8", BATCH, SEED)
+    plan = StreamPlan([member], [1.0], TOKENIZER, SEQ, SEED, BATCH, [order])
+    assert set(epoch_of(plan)) == {record(n) for n in range(RECORDS)}
+    whole, _ = run(plan, 30)
+    begun, places = run(plan, 11)
+    assert same(begun + run(plan, 19, ranks=2, taken=11 * BATCH, places=places)[0], whole)
 
 
 def test_epochs_have_other_orders(plan):
@@ -297,6 +343,7 @@ def test_parts_of_a_file_of_lines_hold_each_line_once(tmp_path, parts, ending, h
 def test_parts_of_a_plain_text_are_all_of_it(tmp_path, monkeypatch, parts, lines):
     """Cut at lines; and between characters of UTF-8 where a line is longer than a block."""
     monkeypatch.setattr(blocks, "_BLOCK", 128)
+    monkeypatch.setattr(blocks, "_PIECE", 60)
     whole = "".join(f"é line {i} of 東 text{chr(10) if lines else ' '}" for i in range(300))
     (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
     file = local_file(tmp_path / "a.txt")

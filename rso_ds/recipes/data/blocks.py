@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -19,13 +19,12 @@ from rso_ds.recipes.data.records import (
     text_of,
     text_stream,
     texts,
-    whole_text,
     without_zeros,
 )
 from rso_ds.text import codec_of, undecodable
 
 _BLOCK = 1 << 18  # bytes
-_PIECE = 1 << 14  # the least of a plain text that becomes a document of its own
+_PIECE = 1 << 16  # bytes of a plain text that are a document of their own
 _MOST_BLOCKS = 1 << 18  # beyond, blocks are larger and not more: their order is held in memory
 _PARTS_OF_A_ROW_GROUP = 16  # each of which decodes all of it
 _HEAD = 4096
@@ -77,7 +76,7 @@ class BlockOrder:
 
 def _parts(file: DataFile, encoding: str, size: int, sequential: int) -> int:
     """In how many parts ``file`` is read: by ``size`` where a part can be found without reading what is before it."""
-    wanted = -(-file.size // max(size, _PIECE if file.kind == "text" else 1))
+    wanted = -(-file.size // size) if file.kind != "text" else min(_pieces(file), -(-file.size // size))
     if file.remote or not _ranged(file, encoding):
         return sequential
     if file.kind == "parquet":
@@ -87,6 +86,11 @@ def _parts(file: DataFile, encoding: str, size: int, sequential: int) -> int:
             metadata = pq.ParquetFile(stream).metadata
             return max(1, min(wanted, _PARTS_OF_A_ROW_GROUP * metadata.num_row_groups, metadata.num_rows))
     return wanted
+
+
+def _pieces(file: DataFile) -> int:
+    """Of how many documents a plain text consists, wherever it is cut into blocks."""
+    return max(1, file.size // _PIECE)
 
 
 def _ranged(file: DataFile, encoding: str) -> bool:
@@ -103,25 +107,45 @@ def block_texts(file: DataFile, block: Block, key: str, encoding: str) -> Iterat
     """The texts of one block of ``file``, in the file's order; may be none.
 
     The blocks of a file hold each of its records once: by the bytes in which a line begins, by rows of parquet, or,
-    where a file can only be read from its start, every ``block.parts``-th record. A plain text of several blocks is a
-    document for each 256 KiB or so, cut at lines. Raises ``RSOConfigError`` as ``texts`` does.
+    where a file can only be read from its start, every ``block.parts``-th record. A plain text of more than 128 KiB is
+    a document for each 64 KiB or so, cut at lines; which they are does not depend on the blocks. Raises
+    ``RSOConfigError`` as ``texts`` does.
     """
-    if block.parts == 1 and (file.kind != "text" or file.size <= 2 * _BLOCK):
+    if file.kind == "text":
+        yield from _plain(file, block, encoding)
+    elif block.parts == 1:
         for text, _ in texts(file, key, encoding):
             yield text
     elif file.kind == "parquet":
         yield from _parquet(file, block, key)
     elif _ranged(file, encoding) and not file.remote:
         first, end = file.size * block.part // block.parts, file.size * (block.part + 1) // block.parts
-        ranged = _plain_range if file.kind == "text" else _line_range
         with readable(file, encoding), file.open() as stream:
             codec = codec_of(stream.read(_HEAD), file.url, encoding)
-            yield from ranged(file, stream, first, end, key, codec, encoding)
+            yield from _line_range(file, stream, first, end, key, codec, encoding)
     else:
-        every = _plain_pieces(file, encoding) if file.kind == "text" else (t for t, _ in texts(file, key, encoding))
-        for number, text in enumerate(every):
-            if number % block.parts == block.part:
-                yield text
+        yield from _every(block, (text for text, _ in texts(file, key, encoding)))
+
+
+def _every(block: Block, records: Iterable[str]) -> Iterator[str]:
+    for number, text in enumerate(records):
+        if number % block.parts == block.part:
+            yield text
+
+
+def _plain(file: DataFile, block: Block, encoding: str) -> Iterator[str]:
+    count = _pieces(file)
+    if file.remote or not _ranged(file, encoding):
+        yield from _every(block, _plain_pieces(file, encoding))
+    elif count == 1:
+        yield from _every(block, (text for text, _ in texts(file, "", encoding)))
+    else:
+        with readable(file, encoding), file.open() as stream:
+            codec = codec_of(stream.read(_HEAD), file.url, encoding)
+            for piece in range(count * block.part // block.parts, count * (block.part + 1) // block.parts):
+                at = _line_start(stream, piece * _PIECE)
+                end = _line_start(stream, (piece + 1) * _PIECE) if piece + 1 < count else file.size
+                yield from _plain_range(file, stream, at, end, codec, encoding)
 
 
 def _parquet(file: DataFile, block: Block, key: str) -> Iterator[str]:
@@ -169,23 +193,17 @@ def _line_at(file: DataFile, offset: int) -> int:
     return number
 
 
-def _plain_range(
-    file: DataFile, stream: IO[bytes], first: int, end: int, key: str, codec: str, encoding: str
-) -> Iterator[str]:
-    """Pieces of a plain text between ``first`` and ``end`` (bytes), both moved on to where a line begins."""
-    at, end = _line_start(stream, first), _line_start(stream, end)
-    while at < end:
-        until = min(end, _line_start(stream, at + _BLOCK)) if end - at > 2 * _BLOCK else end
-        stream.seek(at)
-        raw = stream.read(until - at)
-        try:
-            text = raw.decode(codec if at == 0 else encoding)
-        except UnicodeDecodeError as error:
-            raise undecodable(file.url, at + error.start, raw[error.start :], encoding) from None
-        text = without_zeros(text.replace("\r\n", "\n").replace("\r", "\n"), file)
-        if text.strip():
-            yield text
-        at = until
+def _plain_range(file: DataFile, stream: IO[bytes], at: int, end: int, codec: str, encoding: str) -> Iterator[str]:
+    """The text between ``at`` and ``end`` (bytes), if it has any."""
+    stream.seek(at)
+    raw = stream.read(end - at)
+    try:
+        text = raw.decode(codec if at == 0 else encoding)
+    except UnicodeDecodeError as error:
+        raise undecodable(file.url, at + error.start, raw[error.start :], encoding) from None
+    text = without_zeros(text.replace("\r\n", "\n").replace("\r", "\n"), file)
+    if text.strip():
+        yield text
 
 
 def _line_start(stream: IO[bytes], at: int) -> int:
@@ -204,15 +222,10 @@ def _line_start(stream: IO[bytes], at: int) -> int:
 
 
 def _plain_pieces(file: DataFile, encoding: str) -> Iterator[str]:
-    """A plain text that can only be read from its start, a block at a time."""
-    if not file.compression and file.size <= 2 * _BLOCK:
-        text = whole_text(file, encoding)
-        if text.strip():
-            yield text
-        return
+    """The documents of a plain text that can only be read from its start."""
     with readable(file, encoding), file.open() as stream:
         reader, left = text_stream(stream, file, encoding), ""
-        while chunk := reader.read(_BLOCK):
+        while chunk := reader.read(_PIECE):
             text = left + chunk
             cut = text.rfind("\n") + 1 or len(text)
             text, left = text[:cut], text[cut:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from rso_ds.errors import RSOConfigError
+from rso_ds.recipes.data.blocks import Block, block_texts
 from rso_ds.recipes.data.files import DataFile
 from rso_ds.recipes.data.records import texts
 from rso_ds.recipes.data.sources import HubDataset, Source, find_source
@@ -24,10 +26,12 @@ _LARGE = 1 << 30
 
 class Member:
     """The documents of one source. Its held-out part is its validation split, else ``held_out`` of its documents
-    (``split.choose``), chosen when first asked for."""
+    (``split.choose``), chosen when first asked for. ``in_pieces``: documents are those of a stream, where a long plain
+    text is several (``block_texts``)."""
 
-    def __init__(self, source: Source, held_out: float, text_key: str, encoding: str) -> None:
+    def __init__(self, source: Source, held_out: float, text_key: str, encoding: str, in_pieces: bool = False) -> None:
         self.source, self.share, self.text_key, self.encoding = source, held_out, text_key, encoding
+        self._in_pieces = in_pieces
         self.together: list[Member] = [self]  # what one of these holds out, none of them trains on
 
     @property
@@ -56,8 +60,10 @@ class Member:
 
     def _texts(self, files: Sequence[DataFile]) -> Iterator[str]:
         for file in files:
-            for text, _ in texts(file, self.text_key, self.encoding):
-                yield text
+            if self._in_pieces:
+                yield from block_texts(file, Block(0, 0, 1), self.text_key, self.encoding)
+            else:
+                yield from (text for text, _ in texts(file, self.text_key, self.encoding))
 
 
 class Corpus:
@@ -82,6 +88,7 @@ class Corpus:
         self.source = " + ".join(self.names)
         self.held_out, self.text_key, self.encoding = held_out, text_key, encoding
         self._digests: dict[str, str] = {}
+        self.is_streamed = False
         self._found = [find_source(name) for name in self.names]
         self._found_held_out = (
             None if held_out_source is None else find_source(held_out_source, "--val-data", prefer=_VAL)
@@ -89,6 +96,14 @@ class Corpus:
         apart = self._found_held_out
         if isinstance(apart, Source):
             self._found = [_without(found, apart) if isinstance(found, Source) else found for found in self._found]
+
+    def streamed(self) -> Corpus:
+        """The same corpus with the documents of a stream (``Member``)."""
+        other = copy.copy(self)
+        other.is_streamed = True
+        for name in ("members", "held_out_member"):
+            other.__dict__.pop(name, None)
+        return other
 
     @property
     def files(self) -> list[Path] | None:
@@ -105,7 +120,7 @@ class Corpus:
             source = found.find() if isinstance(found, HubDataset) else found
             if self.held_out_member is not None:
                 source = _without(source, self.held_out_member.source)
-            members.append(Member(source, share, self.text_key, self.encoding))
+            members.append(Member(source, share, self.text_key, self.encoding, self.is_streamed))
         cut = [member for member in members if member.source.held_out is None]
         for member in cut:
             member.together = cut
@@ -118,7 +133,7 @@ class Corpus:
         if found is None:
             return None
         source = found.find() if isinstance(found, HubDataset) else found
-        return Member(Source(source.name, source.train), 0.0, self.text_key, self.encoding)
+        return Member(Source(source.name, source.train), 0.0, self.text_key, self.encoding, self.is_streamed)
 
     @property
     def size(self) -> int:
@@ -158,7 +173,7 @@ class Corpus:
         """Changes when the content of a file does that ``part`` is read from ("train", "held_out"; "": either), or the
         split; not with names, places or times of files. Names the cached tokens. All bytes are read, once; of ``large``
         data the size of each file, its beginning, middle and end."""
-        digest = hashlib.sha256(repr((self.held_out, self.text_key, self.encoding)).encode())
+        digest = hashlib.sha256(repr((self.held_out, self.text_key, self.encoding, self.is_streamed)).encode())
         apart = self.held_out_member
         for member in [*self.members, *([apart] if apart else [])]:
             own, held_out = member.source.train, member.source.held_out or ()

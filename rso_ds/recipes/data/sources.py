@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the hub: asked for when its files are needed, not before."""
+    """A dataset of the hub: asked for when its files are needed, not before. ``revision``: a commit, branch or tag."""
 
     name: str
     repository: str
@@ -56,10 +56,11 @@ class HubDataset:
     split: str
     flag: str
     prefer: Sequence[str] = ("train",)
+    revision: str | None = None
 
     def find(self) -> Source:
         """Its files. Raises ``RSOConfigError``."""
-        found = _on_the_hub(self.repository, self.subset, self.flag, self.name)
+        found = _on_the_hub(self)
         return _of_splits(self.name, self.flag, found, "no data file", self.split, self.prefer)
 
 
@@ -68,10 +69,10 @@ def find_source(
 ) -> Source | HubDataset:
     """The files that ``name`` stands for.
 
-    A path of a file or folder, a pattern like ``dir/*.jsonl``, ``folder:subset``, a hub dataset ``[owner/]name``,
-    ``name:subset`` or ``name:subset:split``, or "stdlib", the source code of Python's standard library. Splits are told
-    apart as ``datasets`` does (``files_of_folder``); test splits neither train nor are held out. A file named by itself
-    is what it is named for. ``prefer``: of several splits, the first of these that is there is ``Source.train``.
+    A path of a file or folder, a pattern like ``dir/*.jsonl``, ``folder:subset``, a hub dataset
+    ``[owner/]name[@revision][:subset[:split]]``, or "stdlib", the source code of Python's standard library. Splits are
+    told apart as ``datasets`` does (``files_of_folder``); test splits neither train nor are held out. A file named by
+    itself is what it is named for. ``prefer``: of several splits, the first of these that is there is ``Source.train``.
 
     Raises ``RSOConfigError`` for what is not there, is empty, or leaves open what trains.
     """
@@ -87,12 +88,13 @@ def find_source(
     if glob.has_magic(name):
         return _of_pattern(name, flag, kinds, prefer)
     place, _, subset = name.partition(":")
+    place, _, revision = place.partition("@")
     if not _may_be_on_the_hub(place):
         raise RSOConfigError(
             f"{flag} {name}: no such file or folder (a hub dataset is written owner/name; '{STDLIB}' needs no file)."
         )
     subset, _, split = subset.partition(":")
-    return HubDataset(name, place, subset or None, split, flag, tuple(prefer))
+    return HubDataset(name, place, subset or None, split, flag, tuple(prefer), revision or None)
 
 
 def _folder_and_split(path: str) -> tuple[Path | None, str | None, str]:
@@ -184,19 +186,19 @@ def _standard_library() -> tuple[DataFile, ...]:
     )
 
 
-def _on_the_hub(repository: str, subset: str | None, flag: str, name: str) -> Found:
+def _on_the_hub(asked: HubDataset) -> Found:
     """What ``datasets`` finds in a dataset of the hub (or in a local folder of the same layout), by split."""
     import fsspec
     from datasets import load_dataset_builder
 
     try:
-        builder = load_dataset_builder(repository, subset)
+        builder = load_dataset_builder(asked.repository, asked.subset, revision=asked.revision)
         by_split = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
         splits: dict[str, tuple[DataFile, ...]] = {}
         for split, urls in by_split.items():
             formats = [format_of(url) for url in urls]
             if None in formats:
-                raise RSOConfigError(f"{flag} {name}: {urls[formats.index(None)]} is of no known format.")
+                raise RSOConfigError(f"{asked.flag} {asked.name}: {urls[formats.index(None)]} is of no known format.")
             sizes = [int(fs.info(path)["size"]) for fs, path in (fsspec.core.url_to_fs(url) for url in urls)]
             splits[split] = tuple(
                 DataFile(url, url.rpartition("://")[2], size, *known)
@@ -207,5 +209,5 @@ def _on_the_hub(repository: str, subset: str | None, flag: str, name: str) -> Fo
         raise
     except Exception as error:  # datasets and the hub client raise dozens of kinds
         cause = str(error.__cause__ or error).strip() or type(error).__name__
-        raise RSOConfigError(f"{flag} {name}: no such file, and the hub cannot give it: {cause}") from None
+        raise RSOConfigError(f"{asked.flag} {asked.name}: no such file, and the hub cannot give it: {cause}") from None
     return Found(splits)

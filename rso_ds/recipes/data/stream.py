@@ -38,13 +38,17 @@ def plan_stream(
 
     Raises ``RSOConfigError`` for data too small to be dealt to ``lanes`` lanes.
     """
+    if not corpus.is_streamed:
+        raise ValueError(
+            "what is held out of a corpus is told by its documents: use those of a stream, corpus.streamed()"
+        )
     members = corpus.members
     sizes = [sum(f.size for f in m.source.train) for m in members]
     shares = np.asarray(sizes if weights is None else weights, dtype=np.float64)
     orders = [BlockOrder(m.source.train, m.encoding, lanes, seed) for m in members]
     for member, order in zip(members, orders, strict=True):
         member.split  # noqa: B018  (decided here, once, and not by each process)
-        if order.count < lanes:
+        if order.count < lanes and len(members) == 1:
             raise RSOConfigError(
                 f"--data {member.source.name} can be read in {order.count} blocks only, and a stream for this batch"
                 f" deals {lanes}: it is too small to stream. Use --stream no."

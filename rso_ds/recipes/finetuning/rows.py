@@ -136,11 +136,13 @@ def find(source: str, flag: str, encoding: str, prefer: Sequence[str] = ("train"
 
 def _on_the_hub(found: HubDataset, prefer: Sequence[str]) -> Found:
     try:
-        splits = load_dataset(found.repository, found.subset)
+        splits = load_dataset(found.repository, found.subset, revision=found.revision)
         first = next(iter(splits.values()))
         if first.info.builder_name == "csv":  # as texts: it would take NA for nothing and 01 for 1
             texts = Features({column: Value("string") for column in first.column_names})
-            splits = load_dataset(found.repository, found.subset, features=texts, keep_default_na=False)
+            splits = load_dataset(
+                found.repository, found.subset, revision=found.revision, features=texts, keep_default_na=False
+            )
     except Exception as error:  # datasets and the hub client raise dozens of kinds
         cause = str(error.__cause__ or error).strip() or type(error).__name__
         raise RSOConfigError(f"{found.flag} {found.name}: no such file, and the hub cannot give it: {cause}") from None

@@ -51,8 +51,8 @@ class TrainArguments:
     data: list[str] = _flag(
         ["stdlib"],
         "Text, jsonl, json, csv, tsv or parquet file (.xz/.gz/.zst/.bz2), pattern, folder, hub dataset"
-        " [owner/]name[:subset[:split]], or 'stdlib'. Repeat it for several, with weights for a mixture: --data a:0.7"
-        " --data b:0.3.",
+        " [owner/]name[@revision][:subset[:split]], or 'stdlib'. Repeat it for several, with weights for a mixture:"
+        " --data a:0.7 --data b:0.3.",
         metavar="NAME[:WEIGHT]",
     )
     val_data: str | None = _flag(None, "Held-out data; default: the validation split of --data, or part of it.")

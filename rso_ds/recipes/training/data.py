@@ -34,7 +34,8 @@ BatchShape = tuple[int, int, int, int]  # accumulation, ranks, this rank, micro 
 def corpus_of(args: TrainArguments) -> Corpus:
     """The corpus that the flags name. Raises ``RSOConfigError``."""
     names, _ = names_and_weights(args.data)
-    return Corpus(names, args.val_fraction, args.val_data, args.text_key, args.encoding)
+    corpus = Corpus(names, args.val_fraction, args.val_data, args.text_key, args.encoding)
+    return corpus.streamed() if streams(args, corpus) else corpus
 
 
 def streams(args: TrainArguments, corpus: Corpus) -> bool:
