@@ -81,7 +81,7 @@ def resident(pid: int) -> int:
 
 def speed(folder: Path, seconds: float, workers: int, cache: Path) -> dict[str, Any]:
     """Tokens a second of the stream alone, and the memory of its processes while it goes on."""
-    corpus = Corpus(str(folder))
+    corpus = Corpus(str(folder)).streamed()
     tokenizer = load_tokenizer(None, corpus, VOCABULARY, cache)
     started = time.monotonic()
     plan = plan_stream(corpus, None, tokenizer, SEQ_LEN, 0, lanes_for(BATCH))
@@ -264,7 +264,8 @@ def main() -> None:
         rows = [kills(folder, args.kills, n, args.seed, args.work) for n in args.ranks]
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps({"command": sys.argv[1:], "rows": rows}, indent=2) + "\n")
+        settings = {k: v for k, v in vars(args).items() if k not in ("folder", "work", "json")}
+        args.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

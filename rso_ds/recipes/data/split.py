@@ -86,4 +86,5 @@ def _cut(text: str, wanted: float) -> int:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[3::-1] + digest[4:8], "big")  # by its first four bytes as ever, and finer

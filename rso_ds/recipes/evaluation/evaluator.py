@@ -23,6 +23,7 @@ from rso_ds.recipes.training.arguments import TrainArguments, parse_arguments
 from rso_ds.recipes.training.data import corpus_of, held_out_tokens, identity_of, streams
 from rso_ds.recipes.training.held_out import held_out_loss
 from rso_ds.recipes.training.metrics import MetricsFile, validation
+from rso_ds.recipes.training.resume import FORMAT
 
 EVALUATIONS = "evaluation.jsonl"
 
@@ -92,8 +93,8 @@ class Evaluator:
         start = time.monotonic()
         stored = open_model(path)  # verifies every file
         client = read_extra(path)["client"]
-        if "run" not in client:
-            raise RSOCheckpointError(f"{path} was not saved by train.py: its data are not known.")
+        if client.get("run", {}).get("format") != FORMAT:
+            raise RSOCheckpointError(f"{path} was not saved by train.py, or by an earlier one: its data are not known.")
         held_out = self._data(path, client["run"])
         model = self._filled(stored)
         loss = held_out_loss(model, held_out, self.tokens, self.micro, self.context)
