@@ -24,6 +24,8 @@ BLANK = " \t\r\n\ufeff"  # between JSON values; byte order marks where files wer
 _SIGN = re.compile(f"[^{BLANK}]")
 _LONGEST_WORD = 16  # characters; of what a piece of JSON may be cut within, other than a string
 
+_ONE_COLUMN = " Cells must be separated by commas, or by tabs in a .tsv."
+
 Record = tuple[Any, int]  # a text or a row, and the number of its line (its row in parquet), from 1
 
 
@@ -279,7 +281,7 @@ def _csv_rows(file: DataFile, encoding: str) -> Iterator[Record]:
                     if len(cells) != len(header):
                         raise RSOConfigError(
                             f"{place(file, number)}: {len(cells)} cells, and the header has {len(header)}"
-                            f" ({', '.join(header)})."
+                            f" ({', '.join(header)}).{_ONE_COLUMN if len(header) == 1 else ''}"
                         )
                     for cell in cells:
                         without_zeros(cell, file, number)

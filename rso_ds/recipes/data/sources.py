@@ -76,7 +76,7 @@ def find_source(
 
     Raises ``RSOConfigError`` for what is not there, is empty, or leaves open what trains.
     """
-    if name == STDLIB:
+    if name == STDLIB and "text" in kinds:
         return Source(name, _standard_library())
     path = os.path.expanduser(name)
     if os.path.isfile(path):
@@ -91,7 +91,8 @@ def find_source(
     place, _, revision = place.partition("@")
     if not _may_be_on_the_hub(place):
         raise RSOConfigError(
-            f"{flag} {name}: no such file or folder (a hub dataset is written owner/name; '{STDLIB}' needs no file)."
+            f"{flag} {name}: no such file or folder (a hub dataset is written owner/name"
+            f"{f'; {STDLIB!r} needs no file' if 'text' in kinds else ''})."
         )
     subset, _, split = subset.partition(":")
     return HubDataset(name, place, subset or None, split, flag, tuple(prefer), revision or None)
