@@ -177,6 +177,8 @@ def test_checkpoint_of_another_model_or_run_is_refused(space, finished):
     assert "that run had seed = 0, this one 1" in error_of(run(space, "other", "--resume", source, "--seed", "1"))
     fewer = error_of(run(space, "other", "--resume", source, ranks=1, steps=3))
     assert "12 steps have been taken already, and this run is to have 3 in all" in fewer
+    less = error_of(run(space, "other", "--resume", source, "--train-tokens", "300", ranks=1, steps=None))
+    assert "3,072 tokens have been trained on already, and --train-tokens is 300: give more" in less
     assert "does not exist" in error_of(run(space, "other", "--resume", str(space.folder), ranks=1))
 
 

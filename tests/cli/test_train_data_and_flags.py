@@ -49,6 +49,7 @@ def test_flags_win_over_yaml_and_the_effective_settings_read_back(tmp_path):
         ("gradient_checkpointing: 'no'", "--gradient-checkpointing must be true or false"),
         ("set: a=1", "--set must be a list"),
         ("clip: -1", "--clip must be a number of at least 0"),
+        ("data: []", "--data must name something to train on"),
         ("- a", "must hold key: value lines"),
         ("a: [", "is not YAML"),
     ],
@@ -57,6 +58,12 @@ def test_bad_yaml(tmp_path, content, message):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(RSOConfigError, match=message):
         parse_arguments(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_a_flag_that_says_how_long_replaces_the_other_of_the_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("max_steps: 3\n")
+    args = parse_arguments(["--config", str(tmp_path / "a.yaml"), "--train-tokens", "500"])
+    assert (args.max_steps, args.train_tokens) == (None, 500)
 
 
 def test_every_flag_has_help():

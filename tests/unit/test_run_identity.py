@@ -125,6 +125,32 @@ def test_a_corpus_is_its_content(tmp_path, monkeypatch):
     assert Corpus("b.txt", held_out=0.1).fingerprint() != mark
 
 
+def test_a_corpus_knows_which_of_its_files_train(tmp_path):
+    """The same two files: both train, or one is held out. Tokens cached for one are not those of the other."""
+    one, two = str(text(tmp_path / "one.txt")), str(text(tmp_path / "two.txt", 200))
+    for name, first, second in (("both", "train-0", "train-1"), ("split", "train", "validation")):
+        (tmp_path / name).mkdir()
+        shutil.copy(one, tmp_path / name / f"{first}.txt")
+        shutil.copy(two, tmp_path / name / f"{second}.txt")
+    corpora = [Corpus([one, two]), Corpus(one, held_out_source=two), Corpus(two, held_out_source=one)]
+    corpora += [Corpus(str(tmp_path / name)) for name in ("both", "split")]
+    assert len({corpus.fingerprint() for corpus in corpora}) == len(corpora)
+    apart = Corpus(one, 0.3, two)
+    assert apart.fingerprint("train") == Corpus(one, 0.1, two).fingerprint("train")  # no share of it is held out
+
+
+def test_the_validation_of_several_sources_sees_its_share_of_each(tmp_path):
+    for name, word in (("x", "xx "), ("y", "yy ")):
+        rows = [json.dumps({"text": f"{i} {word * 400}"}) for i in range(900)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    for weights, share in (((":3", ":1"), 0.75), (("", ""), 0.5)):
+        names = [f"{tmp_path}/{name}.jsonl{weight}" for name, weight in zip("xy", weights, strict=True)]
+        data = run_data(tmp_path, data=names, eval_tokens=4000, val_fraction=0.1)
+        assert 4000 <= len(data.held_out.tokens) <= 4020
+        seen = data.tokenizer.decode(data.held_out.tokens[:4000].tolist())
+        assert seen.count("x") / (seen.count("x") + seen.count("y")) == pytest.approx(share, abs=0.03)
+
+
 def test_large_data_are_known_by_size_beginning_middle_and_end(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "_LARGE", 1000)
     monkeypatch.setattr(corpora, "_SAMPLE", 100)
@@ -281,7 +307,7 @@ def test_the_same_run_goes_on_with_more_steps_and_another_rate():
     [
         ({"seed": 1}, "that run had seed = 0, this one 1: the data would not continue"),
         ({"tokenizer": "u"}, "that run had tokenizer = 't', this one 'u'"),
-        ({"streamed": True}, "streamed"),
+        ({"streamed": True}, "that run's data were not streamed: give --stream no"),
         (
             {"training text": {**TEXT, "documents": 4}},
             "the training text differs: that run had 3 documents, 100 characters, digest a1, this one has 4 documents",

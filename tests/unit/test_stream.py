@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from support import byte_tokenizer
 from support.environment import needs
-from support.exhaustive import quick
+from support.exhaustive import EXHAUSTIVE, quick
 
 from rso_ds import RSOConfigError
 from rso_ds.errors import RSOError
@@ -28,7 +29,7 @@ from rso_ds.recipes.data.lanes import LaneReader, StreamPlan, first_places
 from rso_ds.recipes.data.mixture import names_and_weights
 from rso_ds.recipes.data.records import texts
 from rso_ds.recipes.data.sources import Source
-from rso_ds.recipes.data.stream import StreamSteps, furthest, lanes_for, plan_stream
+from rso_ds.recipes.data.stream import StreamSteps, furthest, lanes_for, lost_reader, plan_stream
 from rso_ds.recipes.training.data import Batches
 
 needs("transformers", "datasets", "pyarrow")
@@ -256,6 +257,39 @@ def test_processes_read_the_same_and_are_deaf_to_a_scheduler(plan, processes):
     stream.close()
 
 
+@EXHAUSTIVE
+def test_readers_end_with_the_process_that_started_them(plan):
+    """Killed while they still start, and when they read: nobody is left who could tell them."""
+    for after in (0.3, 15.0):
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=start_readers, args=(plan, theirs))
+        process.start()
+        readers = ours.recv()
+        time.sleep(after)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        end = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}/stat").exists() for pid in readers) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not [pid for pid in readers if Path(f"/proc/{pid}/stat").exists()]
+
+
+def start_readers(plan, pipe):
+    before = set(multiprocessing.active_children())
+    stream = StreamSteps(plan, (BATCH, 1, 0, 1), 0, None, 1)
+    pipe.send([child.pid for child in set(multiprocessing.active_children()) - before])
+    time.sleep(600)
+    stream.next()
+
+
+def test_the_words_for_a_lost_reader():
+    said = lost_reader(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.\nmore"))
+    assert said is not None
+    assert said.endswith("is gone (out of memory?): DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert lost_reader(RuntimeError("another")) is None
+
+
 def test_unreadable_data_end_with_the_message_alone(tmp_path):
     folder = write(tmp_path / "data", "jsonl")
     with open(folder / "train-1.jsonl", "a") as f:
@@ -365,10 +399,43 @@ def test_what_does_not_decode_is_named_by_its_offset(tmp_path, kind, bad):
         [t for i in range(9) for t in block_texts(file, Block(0, i, 9), "text", "utf-8")]
 
 
-def test_data_too_small_for_the_lanes_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("a few words\n" * 100)
-    with pytest.raises(RSOConfigError, match=r"can be read in 1 blocks only.*too small to stream. Use --stream no"):
-        plan_of(tmp_path / "a.txt")
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "a few words\n" * 100), ("a.jsonl", '{"text": "a"}\n' * 9)])
+def test_data_too_small_for_the_lanes_are_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RSOConfigError, match=r"has \d documents in \d+ blocks, .*too small to stream. Use --stream no"):
+        plan_of(tmp_path / name)
+
+
+def test_data_without_text_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 100)
+    with pytest.raises(RSOConfigError, match="no text in its train part"):
+        plan_of(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("records", [1, 3])
+def test_a_small_member_of_a_mixture_is_repeated(tmp_path, records):
+    """It has fewer records than lanes, and most of its blocks have none."""
+    big = write(tmp_path / "big", "jsonl")
+    (tmp_path / "small.jsonl").write_text("".join(f'{{"text": "<{10_000 + i}> small"}}\n' for i in range(records)))
+    names, weights = names_and_weights([f"{big}:0.5", f"{tmp_path}/small.jsonl:0.5"])
+    whole, _ = run(plan_of(names, weights), 40)
+    begun, places = run(plan_of(names, weights), 17)
+    assert same(begun + run(plan_of(names, weights), 23, ranks=2, taken=17 * BATCH, places=places)[0], whole)
+    found = Counter(re.findall(r"<(1000\d)> small", TOKENIZER.decode(np.concatenate(whole).reshape(-1))))
+    assert len(found) == records
+
+
+def test_one_row_group_is_enough_for_many_lanes(tmp_path):
+    folder = write(tmp_path / "data", "one row group")
+    assert plan_of(folder, batch=128).orders[0].count >= 128
+
+
+@pytest.mark.parametrize("form", ["array", "returns"])
+def test_files_that_are_not_lines_whatever_their_name_says(tmp_path, form):
+    rows = [json.dumps({"text": record(n)}) for n in range(RECORDS)]
+    whole = f"[\n{', '.join(rows)}]" if form == "array" else "\r".join(rows)
+    (tmp_path / "a.jsonl").write_text(whole, newline="")
+    assert set(epoch_of(plan_of(tmp_path / "a.jsonl"))) == {record(n) for n in range(RECORDS)}
 
 
 @pytest.mark.parametrize(("batch", "lanes"), [(1, 1), (32, 32), (512, 128), (100, 100), (127, 127), (4096, 128)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import IO
 
 import numpy as np
@@ -24,6 +25,7 @@ from rso_ds.recipes.data.records import (
 from rso_ds.text import codec_of, undecodable
 
 _BLOCK = 1 << 18  # bytes
+_LEAST = 128  # smaller ones would mostly hold no beginning of a line
 _PIECE = 1 << 16  # bytes of a plain text that are a document of their own
 _MOST_BLOCKS = 1 << 18  # beyond, blocks are larger and not more: their order is held in memory
 _PARTS_OF_A_ROW_GROUP = 16  # each of which decodes all of it
@@ -49,7 +51,7 @@ class BlockOrder:
 
     def __init__(self, files: Sequence[DataFile], encoding: str, lanes: int, seed: int) -> None:
         total = sum(f.size for f in files)
-        size = max(min(_BLOCK, total // (8 * lanes)), total // _MOST_BLOCKS, 1)
+        size = max(min(_BLOCK, total // (8 * lanes)), total // _MOST_BLOCKS, _LEAST)
         parts = np.asarray([_parts(f, encoding, size, -(-lanes // len(files))) for f in files])
         self._ends = np.cumsum(parts)
         self._parts, self._seed = parts, seed
@@ -84,7 +86,8 @@ def _parts(file: DataFile, encoding: str, size: int, sequential: int) -> int:
 
         with readable(file), file.open() as stream:
             metadata = pq.ParquetFile(stream).metadata
-            return max(1, min(wanted, _PARTS_OF_A_ROW_GROUP * metadata.num_row_groups, metadata.num_rows))
+            some = max(min(wanted, _PARTS_OF_A_ROW_GROUP * metadata.num_row_groups), sequential)
+            return max(1, min(some, metadata.num_rows))
     return wanted
 
 
@@ -93,11 +96,19 @@ def _pieces(file: DataFile) -> int:
     return max(1, file.size // _PIECE)
 
 
+@cache
 def _ranged(file: DataFile, encoding: str) -> bool:
     """Whether a part of ``file`` can be found without reading what is before it."""
     if file.kind == "parquet":
         return True
-    return not file.compression and file.kind in ("text", "jsonl") and codecs.lookup(encoding).name.startswith(_RANGED)
+    if file.compression or file.kind not in ("text", "jsonl") or not codecs.lookup(encoding).name.startswith(_RANGED):
+        return False
+    if file.kind == "text":
+        return True
+    with readable(file), file.open() as stream:
+        head = stream.read(_HEAD)
+    lines = b"\n" in head or b"\r" not in head  # a carriage return alone ends a line for whoever reads from the start
+    return lines and not head.lstrip(BLANK.encode()).startswith(b"[")
 
 
 # -- reading one ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.recipes.data.blocks import Block, block_texts
@@ -140,6 +141,11 @@ class Corpus:
         """Bytes of the files that train, as stored."""
         return sum(f.size for m in self.members for f in m.source.train)
 
+    def shares(self, weights: Sequence[float] | None) -> list[float]:
+        """What each source adds to a mixture: ``weights``, or in proportion to the bytes of its files as stored."""
+        parts = weights or [sum(f.size for f in m.source.train) for m in self.members]
+        return [part / sum(parts) for part in parts]
+
     @property
     def large(self) -> bool:
         """Whether there is more than one would read before training: more than 1 GiB, or data of the hub."""
@@ -173,16 +179,22 @@ class Corpus:
         """Changes when the content of a file does that ``part`` is read from ("train", "held_out"; "": either), or the
         split; not with names, places or times of files. Names the cached tokens. All bytes are read, once; of ``large``
         data the size of each file, its beginning, middle and end."""
-        digest = hashlib.sha256(repr((self.held_out, self.text_key, self.encoding, self.is_streamed)).encode())
         apart = self.held_out_member
-        for member in [*self.members, *([apart] if apart else [])]:
-            own, held_out = member.source.train, member.source.held_out or ()
-            trains = [] if member is apart else own
-            validates = own if member is apart else held_out or (() if apart else own)
-            for file in {"train": trains, "held_out": validates}.get(part, (*own, *held_out)):
-                digest.update(f"\n{file.kind}{file.compression}:{self._digest(file)}".encode())
-            digest.update(b"\n")
+        share = self.held_out if apart is None else 0.0
+        digest = hashlib.sha256(repr((share, self.text_key, self.encoding, self.is_streamed)).encode())
+        for member in self.members:
+            validates = member.source.held_out or (() if apart else member.source.train)
+            for what, files in (("train", member.source.train), ("held_out", validates)):
+                if part in ("", what):
+                    self._add(digest, what, files)
+        if apart is not None and part != "train":
+            self._add(digest, "held_out", apart.source.train)
         return digest.hexdigest()[:16]
+
+    def _add(self, digest: Any, what: str, files: Sequence[DataFile]) -> None:
+        digest.update(f"\n{what} {len(files)}".encode())
+        for file in files:
+            digest.update(f"\n{file.kind}{file.compression}:{self._digest(file)}".encode())
 
     def _digest(self, file: DataFile) -> str:
         if file.url not in self._digests:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,21 +47,25 @@ class TextCounts:
 
 
 def token_file(
-    corpus: Corpus, part: str, tokenizer: PreTrainedTokenizerBase, cache: Path, limit: int | None = None
+    corpus: Corpus,
+    part: str,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    limits: Sequence[int] | None = None,
 ) -> Path:
-    """Path of the cached tokens of ``part``: documents end to end, an end-of-text token after each; with ``limit`` the
-    documents that bring the first so many tokens of each source, its share of them.
+    """Path of the cached tokens of ``part``: documents end to end, an end-of-text token after each; with ``limits`` the
+    first so many tokens of each source.
 
     Written once under a temporary name, then renamed, so that a crash leaves no half file and several
     nodes may do it at once. ``counts_of`` the path says what is in it. Raises ``RSOConfigError`` for a part without
     text.
     """
-    key = f"{corpus.fingerprint()}-{tokenizer_fingerprint(tokenizer)}-{limit}"
+    key = f"{corpus.fingerprint()}-{tokenizer_fingerprint(tokenizer)}-{limits}"
     path = cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}-{part}.npy"
     if path.is_file() and _counts_file(path).is_file():
         return path
     cache.mkdir(parents=True, exist_ok=True)
-    arrays, counts = _tokens(corpus, part, tokenizer, limit)
+    arrays, counts = _tokens(corpus, part, tokenizer, limits)
     if not counts.tokens:
         raise RSOConfigError(f"--data {corpus.source}: no text in its {part} part.")
     half = own_name(path)
@@ -85,7 +90,7 @@ def _counts_file(path: Path) -> Path:
 
 
 def _tokens(
-    corpus: Corpus, part: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    corpus: Corpus, part: str, tokenizer: PreTrainedTokenizerBase, limits: Sequence[int] | None
 ) -> tuple[list[np.ndarray], TextCounts]:
     dtype, end = token_dtype(tokenizer), end_of_text_id(tokenizer)
     arrays: list[np.ndarray] = []
@@ -101,8 +106,8 @@ def _tokens(
             tokens += len(ids) + 1
         batch.clear()
 
-    for source in corpus.parts(part):
-        most = None if limit is None else tokens + limit / len(corpus.names)
+    for number, source in enumerate(corpus.parts(part)):
+        most = None if limits is None else tokens + limits[number]
         for text in source:
             raw = text.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)
@@ -115,13 +120,15 @@ def _tokens(
                 tokens += len(ids) + 1
             else:
                 batch.append(text)
-            if len(batch) == _BATCH:
+            if len(batch) == (_BATCH if most is None else 1):
                 flush()
                 if time.monotonic() - told > _TELL:
                     told = time.monotonic()
                     logger.info(f"preparing the {part} part: {documents:,} documents, {tokens:,} tokens so far")
-                if most is not None and tokens >= most:
-                    break
+            if most is not None and tokens >= most:
+                arrays[-1] = arrays[-1][: len(arrays[-1]) - (tokens - most)]
+                tokens = most
+                break
         flush()
     return arrays, TextCounts(documents, characters, tokens, digest.hexdigest()[:16], beginning)
 

@@ -37,7 +37,7 @@ SPLITS = {str(split): tuple(words) for split, words in SPLIT_KEYWORDS.items()}  
 _ABOUT_DATA = re.compile(
     r"readme([-_. ].*)?|(licen[cs]e|copying|changelog|citation|contributing|code_of_conduct|notice)s?\.\w+"
 )
-_BUFFER = 1 << 20
+_BUFFER = 1 << 17  # a stream has many files open
 _SHOWN = 20  # files that a refusal lists
 
 

@@ -134,17 +134,11 @@ class Lane:
 
     def _records(self, block: int, first: int) -> Iterator[tuple[int, int, str]]:
         """(block, record, text) of the training part, endlessly, from record ``first`` of ``block`` on."""
-        empty = 0
         while True:
-            there = False
             for number, text in enumerate(self._shuffled(block)):
                 own = self._member.split.part(text, held_out=False)
-                there = there or bool(own)
                 if number >= first and own:
                     yield block, number, own
-            empty = 0 if there else empty + 1
-            if empty > self._order.count:
-                raise RSOConfigError(f"--data {self._member.source.name}: no text in its train part.")
             block, first = block + 1, 0
 
     def _shuffled(self, number: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -122,6 +123,8 @@ def readable(file: DataFile, encoding: str = UTF8) -> Iterator[None]:
             offset, around = first_undecodable(stream, encoding)
         raise undecodable(file.url, offset, around, encoding) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise RSOConfigError(f"{file.url} cannot be opened beside so many others: raise 'ulimit -n'.") from None
         raise RSOConfigError(f"{file.url} cannot be read, it may be damaged: {error}") from None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
+import resource
 import signal
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,17 +47,18 @@ def plan_stream(
             "what is held out of a corpus is told by its documents: use those of a stream, corpus.streamed()"
         )
     members = corpus.members
-    sizes = [sum(f.size for f in m.source.train) for m in members]
-    shares = np.asarray(sizes if weights is None else weights, dtype=np.float64)
     orders = [BlockOrder(m.source.train, m.encoding, lanes, seed) for m in members]
     for member, order in zip(members, orders, strict=True):
-        member.split  # noqa: B018  (decided here, once, and not by each process)
-        if order.count < lanes and len(members) == 1:
+        # Decided here, once, and not by each process; and an endless stream of nothing would be read for ever.
+        some = sum(1 for _ in itertools.islice(member.documents("train"), lanes))
+        if not some:
+            raise RSOConfigError(f"--data {member.source.name}: no text in its train part.")
+        if min(some, order.count) < lanes and len(members) == 1:
             raise RSOConfigError(
-                f"--data {member.source.name} can be read in {order.count} blocks only, and a stream for this batch"
-                f" deals {lanes}: it is too small to stream. Use --stream no."
+                f"--data {member.source.name} has {some} documents in {order.count} blocks, and a stream for this batch"
+                f" deals them to {lanes} lanes: it is too small to stream. Use --stream no."
             )
-    return StreamPlan(members, (shares / shares.sum()).tolist(), tokenizer, seq_len, seed, lanes, orders)
+    return StreamPlan(members, corpus.shares(weights), tokenizer, seq_len, seed, lanes, orders)
 
 
 def furthest(places: Sequence[np.ndarray]) -> np.ndarray:
@@ -99,7 +104,7 @@ class StreamSteps:
             try:
                 part = next(self._parts)
             except RuntimeError as error:
-                raise RSOError(f"a process that reads --data is gone (out of memory?): {error}") from None
+                raise RSOError(lost_reader(error) or str(error)) from None
             if isinstance(part, RSOConfigError):
                 raise part
             at, rows, lanes, places = part
@@ -112,6 +117,21 @@ class StreamSteps:
     def close(self) -> None:
         """End the processes."""
         self._parts = None
+
+
+def lost_reader(error: RuntimeError) -> str | None:
+    """What to say where ``error`` is that of a reading process that died; torch raises it wherever training is."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return f"a process that reads --data is gone (out of memory?): {str(error).splitlines()[0]}"
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end when the process ``parent`` does, however that does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @contextmanager
@@ -131,6 +151,7 @@ class _Parts(IterableDataset):
 
     def __init__(self, plan: StreamPlan, mine: np.ndarray, size: int, taken: int, places: np.ndarray) -> None:
         self._plan, self._mine, self._size, self._taken, self._places = plan, mine, size, taken, places
+        self._parent = os.getpid()
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -142,7 +163,11 @@ class _Parts(IterableDataset):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         if info is not None:
+            _end_with(self._parent)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are for training
+        # A lane keeps a file open that can only be read from its start.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         reader = LaneReader(self._plan, self._places, self._taken)
         lanes = self._plan.lanes
         period = lanes // np.gcd(lanes, self._size)

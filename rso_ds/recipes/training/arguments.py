@@ -145,6 +145,8 @@ class TrainArguments:
             value = getattr(self, key)
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise RSOConfigError(f"--{key} must be a list of {what}, got {value!r}.")
+        if not self.data:
+            raise RSOConfigError("--data must name something to train on.")
         check_encoding(self.encoding)
         if names_and_weights(self.data)[1] is not None and self.stream == "no":
             raise RSOConfigError("--stream no: a mixture with weights is streamed; leave out the weights, or the flag.")
@@ -193,6 +195,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     given.pop("local_rank", None)
     settings = _read_yaml(given.pop("config")) if "config" in given else {}
+    for one, other in (("max_steps", "train_tokens"), ("train_tokens", "max_steps")):
+        if one in given and other not in given:
+            settings.pop(other, None)  # two ways to say how long, of which the flag's is meant
     for key, value in settings.items():
         key = str(key)
         if key not in fields:

@@ -11,6 +11,7 @@ from rso_ds.comm.failures import NO_ROOM, lost_rank
 from rso_ds.comm.rank_context import restart_advice, start
 from rso_ds.comm.shutdown import leave_process_groups
 from rso_ds.errors import RSOError
+from rso_ds.recipes.data.stream import lost_reader
 from rso_ds.recipes.training.arguments import parse_arguments
 from rso_ds.recipes.training.data import corpus_of
 from rso_ds.recipes.training.fill_json import read_json
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             sys.exit(f"{type(error).__name__}: {error}. Make room, then continue with --resume auto.")
         except RuntimeError as error:
-            message = lost_rank(error)
+            message = lost_rank(error) or lost_reader(error)
             if message is None:
                 raise
             sys.exit(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Generator
 from functools import cached_property
@@ -45,18 +46,23 @@ def streams(args: TrainArguments, corpus: Corpus) -> bool:
 
 
 def held_out_tokens(args: TrainArguments, corpus: Corpus, tokenizer: Any) -> PackedTokens | None:
-    """What a run validates with, None if nothing is held out; of a stream as much as a validation looks at."""
+    """What a run validates with, None if nothing is held out. Of a stream, and of several sources, as much as a
+    validation looks at, of each source its share."""
     if not corpus.validates:
         return None
-    limit = args.eval_tokens + args.seq_len if streams(args, corpus) else None
-    path = token_file(corpus, "held_out", tokenizer, Path(args.cache).expanduser(), limit)
+    limits = None
+    if corpus.is_streamed or len(corpus.names) > 1:
+        shares = [1.0] if corpus.held_out_member else corpus.shares(names_and_weights(args.data)[1])
+        limits = [math.ceil(share * (args.eval_tokens + args.seq_len)) for share in shares]
+    path = token_file(corpus, "held_out", tokenizer, Path(args.cache).expanduser(), limits)
     return PackedTokens(path, args.seq_len)
 
 
 def identity_of(tokens: PackedTokens | None, streamed: bool, corpus: Corpus, part: str) -> dict[str, Any] | None:
     """A text as it is told from another, by content and not by place: that of ``tokens``, or of a stream's files."""
     if streamed:
-        return {"digest": corpus.fingerprint(part)}
+        size = {"bytes": corpus.size} if part == "train" else {}
+        return {**size, "digest": corpus.fingerprint(part)}
     if tokens is None:
         return None
     counts = counts_of(tokens.path)

@@ -75,16 +75,20 @@ class Job:
         self.ds_json = fill(ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps)
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
-        shape = (self.accumulation, context.world_size, context.rank, self.micro)
-        position = None if self.point is None else self.point.position
-        self.batches = self.data.batches(shape, position, context.device)
-        self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
-        self._resume()
-        agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
         if args.profile_memory and args.engine != "deepspeed":
             raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
+        shape = (self.accumulation, context.world_size, context.rank, self.micro)
+        position = None if self.point is None else self.point.position
+        self.batches = self.data.batches(shape, position, context.device)
+        try:
+            self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
+            self._resume()
+            agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
+        except BaseException:
+            self.batches.close()
+            raise
         self.waits = Waits()
         self.monitor = Monitor(self.ds_json, self.engine, self.tokens_per_step // args.seq_len)
         self.display = Display(self.steps, self.first_step, context.rank == 0)
@@ -112,17 +116,20 @@ class Job:
 
     def _number_of_steps(self) -> int:
         """In all: as many as are asked for, or as the tokens that are left of --train-tokens, or of an epoch, make."""
-        args, done = self.args, self.first_step
+        args, done, seen = self.args, self.first_step, self.first_sequence * self.args.seq_len
         if args.max_steps is not None:
-            steps = args.max_steps
-        elif args.train_tokens is None and self.data.packed is None:
+            if self.point is not None and args.max_steps < done:
+                raise self.point.refuse(
+                    f"{done} steps have been taken already, and this run is to have {args.max_steps} in all."
+                )
+            return args.max_steps
+        if args.train_tokens is None and self.data.packed is None:
             raise RSOConfigError("a stream has no end: give --max-steps or --train-tokens.")
-        else:
-            tokens = args.train_tokens or self.data.packed.count * args.seq_len  # type: ignore[union-attr]
-            steps = done + max(0 if done else 1, (tokens - self.first_sequence * args.seq_len) // self.tokens_per_step)
-        if self.point is not None and steps < done:
-            raise self.point.refuse(f"{done} steps have been taken already, and this run is to have {steps} in all.")
-        return steps
+        tokens = args.train_tokens or self.data.packed.count * args.seq_len  # type: ignore[union-attr]
+        if self.point is not None and tokens < seen:
+            what = "--train-tokens is" if args.train_tokens else "an epoch has"
+            raise self.point.refuse(f"{seen:,} tokens have been trained on already, and {what} {tokens:,}: give more.")
+        return done + max(0 if done else 1, (tokens - seen) // self.tokens_per_step)
 
     # -- checkpoints ---------------------------------------------------------------------------------
 

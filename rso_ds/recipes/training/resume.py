@@ -80,7 +80,10 @@ def find_resume_point(args: TrainArguments, output: Path, first: bool) -> Resume
 def check_same_run(point: ResumePoint, now: Mapping[str, Any], new_batch: bool) -> None:
     """Raise ``RSOCheckpointError``, saying what differs, unless the data of the run ``now`` go on where those of
     ``point`` stopped. ``new_batch``: whether another batch is meant."""
-    for key in ("seed", "seq_len", "streamed", "tokenizer"):
+    if point.run["streamed"] != now["streamed"]:
+        flag = "yes" if point.run["streamed"] else "no"
+        raise point.refuse(f"that run's data were {'' if flag == 'yes' else 'not '}streamed: give --stream {flag}.")
+    for key in ("seed", "seq_len", "tokenizer"):
         if point.run[key] != now[key]:
             raise point.refuse(
                 f"that run had {key} = {point.run[key]!r}, this one {now[key]!r}: the data would not continue where it"
@@ -90,7 +93,8 @@ def check_same_run(point: ResumePoint, now: Mapping[str, Any], new_batch: bool) 
         if point.run[part] != now[part]:
             raise point.refuse(
                 f"the {part} differs: that run had {_in_words(point.run[part])}, this one has {_in_words(now[part])}."
-                " Restore the data, or start anew without --resume."
+                " Restore the data and the flags that choose them (--data, --val-data, --val-fraction, --text-key,"
+                " --encoding), or start anew without --resume."
             )
     then, this = point.run["sequences_per_step"], now["sequences_per_step"]
     if then != this and not new_batch:
