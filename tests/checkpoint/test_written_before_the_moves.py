@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from support.environment import ROOT
+from support.exhaustive import quick
 from support.train_workspace import free_port
 
 DATA = Path(__file__).parent / "data" / "before_moves"
@@ -41,7 +42,9 @@ def continued(kind, ranks):
     return json.loads(shown[0][0].splitlines()[-1])
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("checkpoint", 1), ("state_dict", 1), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), quick([("checkpoint", 1), ("state_dict", 1), ("zero2", 2)], {("checkpoint", 1), ("zero2", 2)})
+)
 def test_the_run_goes_on(kind, ranks):
     if kind == "zero2":
         pytest.importorskip("deepspeed")

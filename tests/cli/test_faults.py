@@ -44,7 +44,11 @@ def undisturbed(space):
 
 @pytest.mark.parametrize(
     ("engine", "how", "to"),
-    [("zero2", signal.SIGUSR1, [1]), ("ddp", signal.SIGTERM, [0, 1]), ("ddp", signal.SIGTERM, [1])],
+    [
+        ("zero2", signal.SIGUSR1, [1]),
+        ("ddp", signal.SIGTERM, [0, 1]),
+        pytest.param("ddp", signal.SIGTERM, [1], marks=EXHAUSTIVE),
+    ],
 )
 def test_a_signal_saves_and_ends_all_ranks_with_the_status_for_requeueing(space, undisturbed, engine, how, to):
     run = faults.Run(

@@ -175,6 +175,7 @@ def says_what_it_is(model: Path, chat: bool) -> float:
     return float(np.mean(right))
 
 
+@EXHAUSTIVE
 def test_deepspeed_zero3(folder):
     done = finetune(folder, "zero3", *CAUSAL, "--deepspeed", "rso3.json", launcher=deepspeed())
     got = results(done, folder, "zero3")

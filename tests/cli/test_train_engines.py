@@ -78,7 +78,7 @@ ALIKE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "like", "tolerance"), quick(sorted(ALIKE), ALIKE - {("fsdp2-bf16", "one-rate", 2e-2)})
+    ("name", "like", "tolerance"), quick(sorted(ALIKE), {a for a in ALIKE if a[0] in ("ddp", "fsdp2")})
 )
 def test_engines_train_alike(space, finished, name, like, tolerance):
     assert finished[name].returncode == finished[like].returncode == 0

@@ -13,7 +13,7 @@ needs("deepspeed", "accelerate", "trl", "datasets")
 
 LOOPS = {"trainer": "trainer", "sft": "loops", "accelerate": "loops"}
 NAMES = {name: (loop, n) for loop in LOOPS for (_, n), name in accumulated_cases(loop).items()}
-QUICK = {"accumulated-trainer-zero2-3", "accumulated-accelerate-zero3-2"}
+QUICK = {"accumulated-accelerate-zero3-2"}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import tiny_llama
 from support.environment import ROOT, needs
-from support.exhaustive import quick
+from support.exhaustive import EXHAUSTIVE, quick
 from support.progress import run_command
 from support.train_workspace import free_port
 
@@ -115,6 +115,7 @@ def test_run_clm(folder, stage):
     assert (logits.argmax(-1)[2:-1] == ids[0, 3:]).float().mean() > 0.7
 
 
+@EXHAUSTIVE
 def test_run_glue(folder):
     out = folder / "glue"
     flags = [*GLUE, "--deepspeed", "rso2.json", "--output_dir", str(out)]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from support.environment import ROOT
+from support.exhaustive import EXHAUSTIVE
 from torch import nn
 
 import rso_ds
@@ -44,9 +45,9 @@ def test_a_level_switches_off(logger, capsys):
 @pytest.mark.parametrize(
     ("before", "out", "err"),
     [
-        ("logging.basicConfig(format='root: %(message)s')", "a table\n", ""),
+        pytest.param("logging.basicConfig(format='root: %(message)s')", "a table\n", "", marks=EXHAUSTIVE),
         ("logging.getLogger('rso_ds').setLevel('WARNING')", "", ""),
-        ("logging.getLogger('rso_ds').addHandler(logging.NullHandler())", "", ""),
+        pytest.param("logging.getLogger('rso_ds').addHandler(logging.NullHandler())", "", "", marks=EXHAUSTIVE),
         (
             "logging.basicConfig(format='root: %(message)s'); logging.getLogger('rso_ds').setLevel('INFO')",
             "",

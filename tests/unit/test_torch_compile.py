@@ -34,7 +34,10 @@ def train(compiled, **options):
 
 
 @pytest.mark.parametrize("sampler", quick(["haar", "coordinate"], {"haar"}))
-@pytest.mark.parametrize(("form", "lean"), [("two_path", "all"), ("folded", "all"), ("folded", "none")])
+@pytest.mark.parametrize(
+    ("form", "lean"),
+    quick([("two_path", "all"), ("folded", "all"), ("folded", "none")], {("two_path", "all"), ("folded", "none")}),
+)
 def test_whole_model_is_one_graph(form, sampler, lean):
     options = {"form": form, "sampler": sampler, "lean": lean}
     counter = CompileCounterWithBackend("aot_eager")
