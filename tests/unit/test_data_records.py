@@ -293,7 +293,7 @@ def test_what_a_csv_writer_writes_is_read_again(tmp_path):
         ("text,label,text\n1,2,3\n", "the column 'text' is there twice"),
         (
             "text;label\na;b\n",
-            r"line 2: no key 'text' \(there are text;label\): its columns seem to be separated by ';'",
+            r"line 2: no key 'text' \(there are text;label\): set --text-key. Its cells seem to be separated by ';'",
         ),
         ("text;label\na, b;c\n", r"line 2: 2 cells, and the header has 1 \(text;label\)"),
         ("body,label\na,b\n", r"line 2: no key 'text' \(there are body, label\): set --text-key"),

@@ -204,7 +204,7 @@ def test_missing_columns_are_told_with_those_that_there_are(tmp_path):
     semicolons = written(tmp_path / "s.csv", "text;label\na;b\n")
     message = message_of(semicolons, LABELLED)
     assert "--text_column text: " in message
-    assert "s.csv has the columns text;label. That is one column, and its cells seem to be separated by ';'" in message
+    assert "s.csv has the columns text;label. Its cells seem to be separated by ';': csv has commas" in message
     parquet(tmp_path / "two" / "a.parquet", {"text": ["a"], "label": ["b"]})
     parquet(tmp_path / "two" / "b.parquet", {"text": ["a"], "kind": ["b"]})
     assert "--label_column label: " in message_of(str(tmp_path / "two"), LABELLED)

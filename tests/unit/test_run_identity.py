@@ -270,6 +270,14 @@ def test_no_validation(tmp_path):
     assert data.packed.tokens[:3].tolist() == data.beginning(3)
 
 
+@pytest.mark.parametrize("stream", ["yes", "no"])
+def test_ranks_agree_on_all_by_which_a_resume_is_refused(tmp_path, stream):
+    """A rank that refused alone would leave the others waiting for it."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i} of some"}}\n' for i in range(300)))
+    data = run_data(tmp_path, data=[str(tmp_path / "a.jsonl")], stream=stream, val_fraction=0.2, eval_tokens=100)
+    assert data.identity.items() <= data.to_agree_on().items()
+
+
 def test_streams_and_prepared_data(tmp_path):
     for i in range(3):
         text(tmp_path / "many" / f"{i}.txt", 3000)

@@ -77,9 +77,10 @@ class BlockOrder:
 
 
 def _parts(file: DataFile, encoding: str, size: int, sequential: int) -> int:
-    """In how many parts ``file`` is read: by ``size`` where a part can be found without reading what is before it."""
+    """In how many parts ``file`` is read: of about ``size`` bytes where a part can be found without reading what is
+    before it, else ``sequential``."""
     wanted = -(-file.size // size) if file.kind != "text" else min(_pieces(file), -(-file.size // size))
-    if file.remote or not _ranged(file, encoding):
+    if not _ranged(file, encoding):
         return sequential
     if file.kind == "parquet":
         import pyarrow.parquet as pq
@@ -98,7 +99,9 @@ def _pieces(file: DataFile) -> int:
 
 @cache
 def _ranged(file: DataFile, encoding: str) -> bool:
-    """Whether a part of ``file`` can be found without reading what is before it."""
+    """Whether a part of ``file`` can be found without reading what is before it; on the hub none is looked for."""
+    if file.remote:
+        return False
     if file.kind == "parquet":
         return True
     if file.compression or file.kind not in ("text", "jsonl") or not codecs.lookup(encoding).name.startswith(_RANGED):
@@ -129,7 +132,7 @@ def block_texts(file: DataFile, block: Block, key: str, encoding: str) -> Iterat
             yield text
     elif file.kind == "parquet":
         yield from _parquet(file, block, key)
-    elif _ranged(file, encoding) and not file.remote:
+    elif _ranged(file, encoding):
         first, end = file.size * block.part // block.parts, file.size * (block.part + 1) // block.parts
         with readable(file, encoding), file.open() as stream:
             codec = codec_of(stream.read(_HEAD), file.url, encoding)
@@ -146,7 +149,7 @@ def _every(block: Block, records: Iterable[str]) -> Iterator[str]:
 
 def _plain(file: DataFile, block: Block, encoding: str) -> Iterator[str]:
     count = _pieces(file)
-    if file.remote or not _ranged(file, encoding):
+    if not _ranged(file, encoding):
         yield from _every(block, _plain_pieces(file, encoding))
     elif count == 1:
         yield from _every(block, (text for text, _ in texts(file, "", encoding)))

@@ -18,7 +18,6 @@ from rso_ds.recipes.data.sources import HubDataset, Source, find_source
 from rso_ds.recipes.data.split import Split, choose, united
 from rso_ds.text import UTF8
 
-PARTS = ("train", "held_out")
 _VAL = ("validation", "test", "train")  # which split of several --val-data means
 _CHUNK = 1 << 22
 _SAMPLE = 1 << 16

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.recipes.data.corpus import Corpus
+from rso_ds.recipes.data.description import BEGINNING
 from rso_ds.recipes.data.tokenization import (
     encode,
     end_of_text_id,
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 _TELL = 15.0  # seconds between two words on how far it is
 _LONGEST = 1 << 22  # characters that are given to a tokenizer at once
-_BEGINNING = 200
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _tokens(
         for text in source:
             raw = text.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)
-            beginning = beginning or text[:_BEGINNING]
+            beginning = beginning or text[:BEGINNING]
             documents, characters = documents + 1, characters + len(text)
             if len(text) > _LONGEST:
                 flush()

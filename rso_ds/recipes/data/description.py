@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_FILES, _UNTOUCHED, _BEGINNING = 5, 8, 200
+BEGINNING = 200  # characters of the first text
+_FILES, _UNTOUCHED = 5, 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DataDescription:
         lines = [f"data {self.source}", *(part.line() for part in self.parts)]
         if self.untouched:
             lines.append(f"  {'not read':<9} {shortened(self.untouched, _UNTOUCHED)}")
-        lines.append(f"  {'begins':<9} {self.beginning[:_BEGINNING]!r}")
+        lines.append(f"  {'begins':<9} {self.beginning[:BEGINNING]!r}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

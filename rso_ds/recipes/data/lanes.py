@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it are spread 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What a stream is: everything but the place in it. It pickles. ``weights`` of ``members`` add up to 1."""
+    """What a stream is: everything but the place in it. It pickles. ``weights`` of ``members`` add up to 1; each member
+    has its own order of blocks."""
 
     members: Sequence[Member]
     weights: Sequence[float]
@@ -36,7 +37,7 @@ class StreamPlan:
     seq_len: int
     seed: int
     lanes: int
-    orders: Sequence[BlockOrder] = field(default=())
+    orders: Sequence[BlockOrder]
 
     def member_of(self, sequence: int) -> int:
         """Which member sequence number ``sequence`` is of: shares are as ``weights`` say, to one sequence or two."""

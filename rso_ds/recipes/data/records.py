@@ -25,7 +25,7 @@ BLANK = " \t\r\n\ufeff"  # between JSON values; byte order marks where files wer
 _SIGN = re.compile(f"[^{BLANK}]")
 _LONGEST_WORD = 16  # characters; of what a piece of JSON may be cut within, other than a string
 
-_ONE_COLUMN = " Cells must be separated by commas, or by tabs in a .tsv."
+_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'", ",": "commas"}
 
 Record = tuple[Any, int]  # a text or a row, and the number of its line (its row in parquet), from 1
 
@@ -66,16 +66,22 @@ def texts(file: DataFile, key: str, encoding: str = UTF8) -> Iterator[tuple[str,
 def text_of(row: dict[str, Any], key: str, file: DataFile, number: int) -> str:
     """``row[key]``, "" for a null. Raises ``RSOConfigError`` if it is absent or no text."""
     if key not in row:
-        only = next(iter(row)) if len(row) == 1 else ""
-        sign = next((sign for sign in ";\t|," if sign in only), None)
-        remedy = "set --text-key" if sign is None else f"its columns seem to be separated by {sign!r}: convert the file"
-        raise RSOConfigError(f"{place(file, number)}: no key '{key}' (there are {', '.join(row)}): {remedy}.")
+        there, hint = ", ".join(row), separator_hint([*row])
+        raise RSOConfigError(f"{place(file, number)}: no key '{key}' (there are {there}): set --text-key.{hint}")
     text = row[key]
     if text is None:
         return ""
     if not isinstance(text, str):
         raise RSOConfigError(f"{place(file, number)}: '{key}' is not a text but {_kind_of(text)}.")
     return checked(text, file, number)
+
+
+def separator_hint(columns: Sequence[str]) -> str:
+    """What to say of a table that has one column, since its cells are separated otherwise than its name says."""
+    between = next((words for sign, words in _SEPARATORS.items() if len(columns) == 1 and sign in columns[0]), None)
+    if between is None:
+        return ""
+    return f" Its cells seem to be separated by {between}: csv has commas, and tsv tabs."
 
 
 def checked(text: str, file: DataFile, number: int) -> str:
@@ -284,7 +290,7 @@ def _csv_rows(file: DataFile, encoding: str) -> Iterator[Record]:
                     if len(cells) != len(header):
                         raise RSOConfigError(
                             f"{place(file, number)}: {len(cells)} cells, and the header has {len(header)}"
-                            f" ({', '.join(header)}).{_ONE_COLUMN if len(header) == 1 else ''}"
+                            f" ({', '.join(header)}).{separator_hint(header)}"
                         )
                     for cell in cells:
                         without_zeros(cell, file, number)

@@ -41,10 +41,6 @@ class Source:
     held_out: tuple[DataFile, ...] | None = None
     untouched: tuple[str, ...] = field(default=())
 
-    @property
-    def remote(self) -> bool:
-        return any(f.remote for f in self.train)
-
 
 @dataclass(frozen=True)
 class HubDataset:

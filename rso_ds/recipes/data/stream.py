@@ -104,7 +104,10 @@ class StreamSteps:
             try:
                 part = next(self._parts)
             except RuntimeError as error:
-                raise RSOError(lost_reader(error) or str(error)) from None
+                message = lost_reader(error)
+                if message is None:
+                    raise
+                raise RSOError(message) from None
             if isinstance(part, RSOConfigError):
                 raise part
             at, rows, lanes, places = part

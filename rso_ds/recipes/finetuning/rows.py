@@ -17,12 +17,11 @@ from datasets import Dataset, Features, Value, load_dataset
 
 from rso_ds.errors import RSOConfigError
 from rso_ds.recipes.data.files import DataFile
-from rso_ds.recipes.data.records import place, readable, rows
+from rso_ds.recipes.data.records import place, readable, rows, separator_hint
 from rso_ds.recipes.data.sources import ROW_KINDS, HubDataset, find_source
 from rso_ds.recipes.finetuning.cells import Cell, Unusable, decoders
 
 _BATCH = 1000
-_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 
 @dataclass(frozen=True)
@@ -174,18 +173,9 @@ def check_columns(parts: Sequence[Part], columns: Mapping[str, str]) -> None:
         present, where = header
         for flag, name in columns.items():
             if name not in present:
-                raise RSOConfigError(f"{flag} {name}: {where} has the columns {', '.join(present)}.{_hint(present)}")
-
-
-def _hint(present: Sequence[str]) -> str:
-    if len(present) != 1:
-        return ""
-    between = next((words for sign, words in _SEPARATORS.items() if sign in present[0]), None)
-    if between is None:
-        return ""
-    return (
-        f" That is one column, and its cells seem to be separated by {between}: save it with commas, or tabs as .tsv."
-    )
+                raise RSOConfigError(
+                    f"{flag} {name}: {where} has the columns {', '.join(present)}.{separator_hint(present)}"
+                )
 
 
 def read(parts: Sequence[Part], cells: Mapping[str, Cell], source: str, flag: str) -> Rows:

@@ -20,14 +20,12 @@ from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.models import LLAMA_SHAPES
 from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.data.dataset import PackedTokens, TextCounts, counts_of, token_file
-from rso_ds.recipes.data.description import DataDescription, PartDescription
+from rso_ds.recipes.data.description import BEGINNING, DataDescription, PartDescription
 from rso_ds.recipes.data.mixture import names_and_weights
 from rso_ds.recipes.data.read_ahead import read_ahead
 from rso_ds.recipes.data.stream import StreamSteps, furthest, lanes_for, plan_stream
 from rso_ds.recipes.data.tokenization import encode, load_tokenizer, tokenizer_fingerprint
 from rso_ds.recipes.training.arguments import TrainArguments
-
-_BEGINNING = 200  # characters
 
 BatchShape = tuple[int, int, int, int]  # accumulation, ranks, this rank, micro batch
 
@@ -101,9 +99,9 @@ class RunData:
     def to_agree_on(self) -> dict[str, Any]:
         """What ranks compare before they train: they read files of their own."""
         return {
-            "training data (tokens)": _of_tokens(self.packed) if self.packed else self.identity["training text"],
+            "training data (tokens)": None if self.packed is None else _of_tokens(self.packed),
             "held-out data (tokens)": None if self.held_out is None else _of_tokens(self.held_out),
-            "tokenizer": self.identity["tokenizer"],
+            **self.identity,
         }
 
     def beginning(self, count: int) -> list[int]:
@@ -111,7 +109,7 @@ class RunData:
         some = self.held_out or self.packed
         if some is not None:
             return some.tokens[:count].tolist()
-        return encode(self.tokenizer, [next(self.corpus.documents("train"))[:_BEGINNING]])[0][:count]
+        return encode(self.tokenizer, [next(self.corpus.documents("train"))[:BEGINNING]])[0][:count]
 
     @cached_property
     def description(self) -> DataDescription:
@@ -129,7 +127,7 @@ class RunData:
             note = "" if own else self._share(counts, held_out)
             parts.append(PartDescription("held out", [f.name for f in own or ()], _amounts(held_out), note))
         untouched = [name for m in members for name in m.source.untouched]
-        beginning = counts.beginning if counts else next(self.corpus.documents("train"), "")[:_BEGINNING]
+        beginning = counts.beginning if counts else next(self.corpus.documents("train"), "")[:BEGINNING]
         return DataDescription(self.corpus.source, parts, untouched, beginning)
 
     def _share(self, train: TextCounts | None, held_out: TextCounts) -> str:

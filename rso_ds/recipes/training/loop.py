@@ -70,8 +70,9 @@ class Job:
         self.steps = self._number_of_steps()
         # Interval and rates follow the length that the run was first meant to have, however it is extended.
         self.planned: int = self.point.run["planned"] if self.point else self.steps
-        stretched = self.point is None or args.resume_schedule == "stretch"
-        self.schedule_steps: int = self.steps if stretched else self.point.run["schedule_steps"]  # type: ignore[union-attr]
+        self.schedule_steps = self.steps
+        if self.point is not None and args.resume_schedule == "continue":
+            self.schedule_steps = int(self.point.run["schedule_steps"])
         self.ds_json = fill(ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps)
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
@@ -123,9 +124,12 @@ class Job:
                     f"{done} steps have been taken already, and this run is to have {args.max_steps} in all."
                 )
             return args.max_steps
-        if args.train_tokens is None and self.data.packed is None:
+        if args.train_tokens is not None:
+            tokens = args.train_tokens
+        elif self.data.packed is not None:
+            tokens = self.data.packed.count * args.seq_len
+        else:
             raise RSOConfigError("a stream has no end: give --max-steps or --train-tokens.")
-        tokens = args.train_tokens or self.data.packed.count * args.seq_len  # type: ignore[union-attr]
         if self.point is not None and tokens < seen:
             what = "--train-tokens is" if args.train_tokens else "an epoch has"
             raise self.point.refuse(f"{seen:,} tokens have been trained on already, and {what} {tokens:,}: give more.")
