@@ -31,7 +31,8 @@ def losses_instead_of_logits(model: nn.Module) -> Iterator[None]:
     stock = model.forward
     names = inspect.signature(stock).parameters
     base: Any = getattr(model, "base_model", model)
-    if type(model).__module__.startswith("transformers.") and type(model).__name__ in CAUSAL_LMS:
+    kind = next(k for k in type(model).__mro__ if "forward" in vars(k))  # FSDP2 gives the model a class of its own
+    if kind.__module__.startswith("transformers.") and kind.__name__ in CAUSAL_LMS:
         run = _by_head
     elif "logits_to_keep" in names and base is not model:
         run = _by_positions
