@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
 import warnings
@@ -116,7 +115,6 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        gc.collect(1)  # torch.save leaves the copy of the tensor before, part of a larger one, in a reference cycle
         piece = self.state_dict[index.fqn]
         at = next(i for i, (offsets, _) in enumerate(piece.boxes()) if offsets == tuple(index.offset or ()))
         return piece.tensors()[at]

@@ -64,8 +64,9 @@ def _by_head(model: Any, stock: Any, ids: Tensor, options: dict[str, Any]) -> Te
 
 
 def _by_positions(model: Any, stock: Any, ids: Tensor, options: dict[str, Any]) -> Tensor:
-    base, once = model.base_model, []
+    base = model.base_model
     whole = base.forward
+    once: list[Any] = []
 
     def body(*args: Any, **kwargs: Any) -> Any:
         if not once:

@@ -188,9 +188,7 @@ class Accountant:
         blocks = self.sizes(name)[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return trace_training(
-                self._cut(name), micro_batch, seq_len, self._autocast, self.checkpointing, blocks
-            )
+            return trace_training(self._cut(name), micro_batch, seq_len, self._autocast, self.checkpointing, blocks)
 
     def _evaluated(self, name: str, micro_batch: int, seq_len: int) -> dict[str, int]:
         with warnings.catch_warnings():

@@ -64,9 +64,7 @@ def learned_positions(model: nn.Module) -> int | None:
     if not isinstance(limit, int):
         return None
     tokens: Any = model.get_input_embeddings()  # type: ignore[operator]
-    tables = [
-        m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens
-    ]
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
     if any(limit <= rows <= limit + 2 for rows in tables):  # some keep two rows for padding
         return limit
     return limit if any(limit in buffer.shape for buffer in model.buffers()) else None

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from torch.distributed.tensor import DTensor
 
 from rso_ds.boundary import Boundary

@@ -72,6 +72,9 @@ class _Zero:
         self.sizes, self.engine, self.work, self.states = sizes, engine, work, device
         self.e, self.g, self.trained = engine.itemsize, engine.gpus, sizes.trained
         self.all = sizes.frozen + sizes.trained
+        overlapped = (2 if engine.overlap_comm else 1) * engine.contiguous
+        whole = device["communication"] if engine.stage == 0 else overlapped * engine.itemsize * engine.reduce_bucket
+        self.buckets: float = whole
         self.held = sum(device[k] for k in _HELD)
         self.on_host = sum(host.values())
         self.for_update = 4 * self.trained / (engine.gpus if engine.stage else 1)
@@ -79,6 +82,8 @@ class _Zero:
             self.for_update = 0
         self.dense_copy = self.e * sizes.saved
         self.rest = self.held + self.permanent
+        # Of the micro batches before, while a pass goes on; with one alone gradients come as activations go.
+        self.before = self.rest + (device["gradients"] if engine.accumulation > 1 and not self.permanent else 0)
 
     def start(self) -> Moments:
         e, everything = self.e, self.all
@@ -93,14 +98,11 @@ class _Zero:
         yield self.rest + max(self.work.evaluation.values()), self.on_host
 
     def training(self) -> Moments:
-        trace = self.work.training
-        yield self.rest + max(trace.peak("blocks"), trace.peak("head")), self.on_host
-        sent = self.states["gradients"] + self.buckets()
-        yield self.rest + sent + trace.peak("backward"), self.on_host
-        yield self.rest + 2 * self.states["gradients"] + (self.for_update if self.e < 4 else 0), self.on_host
-
-    def buckets(self) -> float:
-        return self.states["communication"]
+        trace, gradients = self.work.training, self.states["gradients"]
+        yield self.before + max(trace.peak("blocks"), trace.peak("head")), self.on_host
+        yield self.before + self.buckets + trace.peak("backward"), self.on_host
+        yield self.rest + gradients + self.buckets, self.on_host
+        yield self.rest + 2 * gradients + (self.for_update if self.e < 4 else 0), self.on_host
 
     def boundary(self) -> Moments:
         left = self.states["gradients"] if self.engine.stage == 0 else 0
@@ -173,6 +175,8 @@ class _FSDP2(_Zero):
         super().__init__(sizes, engine, device, host, work)
         self.root, self.block = self.e * sizes.root, self.e * sizes.largest_block
         self.shards = device["weights"] + device["B or adapters"]
+        if engine.accumulation > 1:
+            self.before = self.rest + 4 * self.trained  # not reduced before the last micro batch
         # The dense model is made of fp32 shards of what trains, and of W.
         self.dense_copy = self.e * (sizes.saved - sizes.dense) + 4 * sizes.dense
 
@@ -195,18 +199,18 @@ class _FSDP2(_Zero):
 
     def training(self) -> Moments:
         trace, sizes = self.work.training, self.sizes
-        shards = self.states["gradients"]
-        yield self.rest + 2 * self.root + 2 * self.block, self.on_host
-        yield self.rest + self.root + 2 * self.block + trace.peak("blocks"), self.on_host
-        yield self.rest + self.root + self.block + trace.peak("head"), self.on_host
+        shards = 4 * self.trained / self.g
+        yield self.before + 2 * self.root + 2 * self.block, self.on_host
+        yield self.before + self.root + 2 * self.block + trace.peak("blocks"), self.on_host
+        yield self.before + self.root + self.block + trace.peak("head"), self.on_host
         of_block = (self.e + 4 + 4 / self.g) * sizes.block_trained  # its gradients, copied to be reduced in fp32
-        yield self.rest + self.root + 2 * self.block + of_block + trace.peak("backward"), self.on_host
+        yield self.before + self.root + 2 * self.block + of_block + trace.peak("backward"), self.on_host
         of_root = (self.e + 4) * sizes.root_trained
         yield self.rest + self.root + of_root + shards, self.on_host
         yield self.rest + 2 * shards, self.on_host  # torch's Adam takes its square roots of all parameters at once
 
     def boundary(self) -> Moments:
-        yield self.rest + self.states["gradients"] + self.work.layers.merge, self.on_host
+        yield self.rest + 4 * self.trained / self.g + self.work.layers.merge, self.on_host
 
     def save(self) -> Moments:
         head = 4 * self.sizes.head

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rso_ds.planning.memory.account import GIB, Account
 from rso_ds.planning.memory.kept import KeptRecorder, by_kind
-from rso_ds.planning.memory.measured import split_of_state
 from rso_ds.planning.memory.live import LiveBytes
+from rso_ds.planning.memory.measured import split_of_state
 
 
 @dataclass

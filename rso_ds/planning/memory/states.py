@@ -190,7 +190,8 @@ def _fsdp2(sizes: Sizes, engine: Engine, moments: int, places: dict[str, dict[st
     states["weights"] = (engine.itemsize * sizes.frozen + 4 * sizes.dense) // g
     states["B or adapters"] = 4 * sizes.subspace // g
     states["solver state"] = 4 * moments * (trained if sizes.solver is None else sizes.solver) // g
-    states["gradients"] = 4 * trained // g
+    # Those of several micro batches add up whole before they are reduced.
+    device["gradients"] = 4 * trained // g + (4 * trained if engine.accumulation > 1 else 0)
     # The root is whole all the time, two blocks are gathered at once, the gradients of one wait to be reduced in fp32.
     gathered = engine.itemsize * (sizes.root + 2 * sizes.largest_block)
     device["communication"] = gathered + (engine.itemsize + 4) * sizes.block_trained
