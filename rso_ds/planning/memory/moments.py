@@ -161,7 +161,8 @@ class _Zero3(_Zero):
         yield held + self.of_head, self.on_host + self.dense_copy
         gathered = self.e * self.sizes.layer
         yield held + gathered + self.work.layers.dense, self.on_host + self.dense_copy - self.of_head
-        yield held, self.on_host + self.sizes.largest * 4 / self.g
+        # A checkpoint: torch's writer keeps the copies of masters and moments, parts of flat tensors, to the end.
+        yield held + self.persistent, self.on_host + 3 * 4 * self.trained / self.g
 
 
 class _FSDP2(_Zero):

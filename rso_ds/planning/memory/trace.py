@@ -112,10 +112,10 @@ def trace_evaluation(
         stack.enter_context(_no_values())
         stack.enter_context(_few_chunks())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
         ids = torch.zeros(batch, seq_len, dtype=torch.long)
         with LiveBytes(fake=True) as live, _sections(model, live) as peaks, losses_instead_of_logits(model):
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False)
         return {"blocks": peaks.found["blocks"], "head": peaks.found["head"]}
 
 

@@ -52,8 +52,8 @@ def _memory(chosen: Candidate, task: Task) -> list[str]:
     host = chosen.account.host_total
     if host:
         lines.append(
-            f"at most {_gigabytes(host * task.gpus_per_node)} of host memory a node (the model is built and put together"
-            " there; masters of W, what is offloaded)"
+            f"{_gigabytes(host * task.gpus_per_node)} of host memory a node at most (the model is built there; masters"
+            " of W, what is offloaded)"
         )
     return lines
 

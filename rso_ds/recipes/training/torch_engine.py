@@ -35,8 +35,9 @@ class TorchEngine:
 
     Of the DeepSpeed JSON it takes the optimizer (RSO, AdamW or Adam), the scheduler, clipping, accumulation and
     bf16: parameters are computed with in bf16 (autocast under DDP, ``MixedPrecisionPolicy`` under FSDP2, gradients
-    reduced in fp32). They stay in fp32, but for W and whatever else is frozen under FSDP2, which is kept in bf16 as
-    under DeepSpeed: ``merge_rounding`` and ``master_weights`` mean there what they mean here. ``zero_optimization`` says how DeepSpeed shards and is ignored.
+    reduced in fp32). They rest in fp32, but for W and whatever else is frozen under FSDP2, which rests in bf16 as under
+    DeepSpeed: ``merge_rounding`` and ``master_weights`` mean the same in both. ``zero_optimization`` says how DeepSpeed
+    shards and is ignored.
 
     Raises ``RSOUnsupportedError`` or ``RSOConfigError`` for what it does not take.
     """
