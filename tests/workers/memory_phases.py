@@ -32,10 +32,11 @@ def json_of(stage: int, precision: str, accumulation: int) -> dict[str, Any]:
     # A model of this size would fit into DeepSpeed's buckets as a whole.
     small = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     reuse = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    rso = {"rank_ratio": 0.25, "interval": 2, "form": "two_path", "torch_adam": True}
     return {
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": accumulation,
-        "optimizer": {"type": "RSO", "params": {"rank_ratio": 0.25, "interval": 2, "form": "two_path", "torch_adam": True}},
+        "optimizer": {"type": "RSO", "params": rso},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000, **small, **reuse},
         "bf16": {"enabled": precision == "bf16"},
     }  # fmt: skip
