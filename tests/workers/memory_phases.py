@@ -17,12 +17,12 @@ from rso_ds.recipes.training.arguments import parse_arguments
 from rso_ds.recipes.training.engines import build_engine
 from rso_ds.recipes.training.held_out import held_out_loss
 
-SEQ, MICRO, VOCAB, SHAPE = 128, 2, 4096, "llama-20m"
+SEQ, MICRO, VOCAB, SHAPE = 64, 2, 2048, "llama-20m"
 ENGINES = {"zero2": ("deepspeed", 2), "zero3": ("deepspeed", 3), "fsdp2": ("fsdp2", 3)}
 
 
 class HeldOut:
-    count, seq_len = 8, SEQ
+    count, seq_len = 4, SEQ
 
     def sequences(self, indices: Any) -> torch.Tensor:
         return torch.stack([torch.arange(int(i), int(i) + SEQ) for i in indices])
@@ -59,7 +59,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     ids = HeldOut().sequences(range(MICRO))
     for step in range(2):
         with peaks("evaluation"):
-            held_out_loss(engine, HeldOut(), 8 * SEQ, MICRO, context)
+            held_out_loss(engine, HeldOut(), 4 * SEQ, MICRO, context)
         engine.train()
         with peaks("training"):
             for _ in range(accumulation):

@@ -205,7 +205,10 @@ class _FSDP2(_Zero):
         yield self.before + self.root + 2 * self.block + trace.peak("blocks"), self.on_host
         yield self.before + self.root + self.block + trace.peak("head"), self.on_host
         of_block = (self.e + 4 + 4 / self.g) * sizes.block_trained  # its gradients, copied to be reduced in fp32
-        yield self.before + self.root + 2 * self.block + of_block + trace.peak("backward"), self.on_host
+        # Those are there when backward is through with the block. (What the loss keeps is gradients of the root by then.)
+        last = trace.kept - (trace.block_input if trace.checkpointing else trace.per_block)
+        backward = max(trace.peak("backward"), last + of_block)
+        yield self.before + self.root + 2 * self.block + backward, self.on_host
         of_root = (self.e + 4) * sizes.root_trained
         yield self.rest + self.root + of_root + shards, self.on_host
         yield self.rest + 2 * shards, self.on_host  # torch's Adam takes its square roots of all parameters at once
