@@ -205,7 +205,7 @@ class _FSDP2(_Zero):
         yield self.before + self.root + 2 * self.block + trace.peak("blocks"), self.on_host
         yield self.before + self.root + self.block + trace.peak("head"), self.on_host
         of_block = (self.e + 4 + 4 / self.g) * sizes.block_trained  # its gradients, copied to be reduced in fp32
-        # Those are there when backward is through with the block. (What the loss keeps is gradients of the root by then.)
+        # Those are there when backward is through with the block. (The loss keeps gradients of the root.)
         last = trace.kept - (trace.block_input if trace.checkpointing else trace.per_block)
         backward = max(trace.peak("backward"), last + of_block)
         yield self.before + self.root + 2 * self.block + backward, self.on_host
