@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> str:
     """The start-up table of a model under a JSON; "auto" values count as defaults."""
-    from rso_ds.layers import convert, summary_table
+    from rso_ds.layers import convert, much_outside, summary_table
     from rso_ds.models import load_model
 
     config = memory.read_rso_json(args.deepspeed)
@@ -76,7 +76,7 @@ def _check(args: argparse.Namespace) -> str:
     with torch.device("meta"):
         model = load_model(args.model, args.vocab_size, 2048, pretrained=False)
     convert(model, rso)
-    return summary_table(model, rso)
+    return "\n".join(filter(None, [summary_table(model, rso), much_outside(model)]))
 
 
 if __name__ == "__main__":

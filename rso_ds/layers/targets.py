@@ -9,6 +9,7 @@ from torch import nn
 
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.bypass import weight_readers
+from rso_ds.layers.stacked import StackedLinear, stacked_linears
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -57,8 +58,8 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
+def is_linear(module: nn.Module | StackedLinear) -> bool:
+    return type(module) is nn.Linear or (isinstance(module, nn.Module) and is_conv1d(module))
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -72,16 +73,18 @@ def select_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[list
     """(names of the layers of ``model`` that ``targets`` selects, in model order; those of them that cannot train in a
     subspace, since another module reads their weight, with the name of the function that does: ``weight_readers``).
 
-    They are linear layers, and the input embedding if ``targets`` has the item "embeddings". Raises
-    ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that cannot train in a
+    They are linear layers, experts stacked in one parameter, and the input embedding if ``targets`` has the item
+    "embeddings". Raises ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that cannot train in a
     subspace, if 'default' is asked for a model type that has no entry in ``DEFAULT_TARGETS``, or if the embedding or
     head is of a kind that cannot train in a subspace.
     """
-    candidates = [name for name, module in model.named_modules() if is_linear(module)]
+    names = _names(model)
+    stacked = {name for name, module in names.items() if isinstance(module, StackedLinear)}
+    candidates = [name for name, module in names.items() if name in stacked or is_linear(module)]
     if targets == "all-linear":
         output = _at_place(model, "head")
-        selected = [n for n in candidates if model.get_submodule(n) is not output]
-        left_dense = weight_readers(model, selected)
+        selected = [n for n in candidates if names[n] is not output]
+        left_dense = weight_readers(model, [n for n in selected if n not in stacked])
         _refuse_readers("all-linear", selected, left_dense)
         return selected, left_dense
     patterns: list[str] = []
@@ -99,13 +102,22 @@ def select_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[list
                 ' The token embedding is selected by the word "embeddings".'
             )
     chosen = {name for name in candidates if matches(name, patterns)} | placed
-    selected = [name for name, _ in model.named_modules() if name in chosen]
-    left_dense = weight_readers(model, selected)
+    selected = [name for name in names if name in chosen]
+    left_dense = weight_readers(model, [n for n in selected if n not in stacked])
     for name in placed:
         _refuse_readers(name, [name], left_dense)
     for pattern in patterns:
         _refuse_readers(pattern, [name for name in candidates if matches(name, (pattern,))], left_dense)
     return selected, left_dense
+
+
+def _names(model: nn.Module) -> dict[str, nn.Module | StackedLinear]:
+    """Every module of ``model``, and every parameter that is stacked experts after the module that has it."""
+    found: dict[str, nn.Module | StackedLinear] = {}
+    for name, module in model.named_modules():
+        found[name] = module
+        found.update((f"{name}.{leaf}" if name else leaf, experts) for leaf, experts in stacked_linears(module).items())
+    return found
 
 
 def _refuse_readers(pattern: str, names: Sequence[str], left_dense: Mapping[str, str]) -> None:
