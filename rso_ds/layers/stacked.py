@@ -82,14 +82,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         result = _product(self, down, activate(inner), routing, spread=False)
         if self.has_bias:
             result = result + self.down_proj_bias[routing.expert]
-        result = self.post_expert_norm(result) * weights[:, None]
+        result = routing.sum_of_pairs(self.post_expert_norm(result) * weights[:, None])
     else:
         weighted = _Recomputed.apply(inner, weights, activate) if self._lean["recompute"] else None
         weighted = activate(inner) * weights[:, None] if weighted is None else weighted
-        result = _product(self, down, weighted.to(inner.dtype), routing, spread=False)
+        result = routing.sum_of_pairs(_product(self, down, weighted.to(inner.dtype), routing, spread=False))
         if self.has_bias:
-            result = result + self.down_proj_bias[routing.expert] * weights[:, None]
-    return routing.sum_of_pairs(result).to(hidden_states.dtype)
+            of_experts = top_k_weights.new_zeros(len(top_k_weights), self.num_experts)
+            of_experts = of_experts.scatter_add(1, top_k_index, top_k_weights)
+            result = result + of_experts.to(result.dtype) @ self.down_proj_bias.to(result.dtype)
+    return result.to(hidden_states.dtype)
 
 
 def _product(owner: Any, leaf: str, x: Tensor, routing: Routing, spread: bool) -> Tensor:

@@ -74,9 +74,9 @@ def select_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[list
     subspace, since another module reads their weight, with the name of the function that does: ``weight_readers``).
 
     They are linear layers, experts stacked in one parameter, and the input embedding if ``targets`` has the item
-    "embeddings". Raises ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that cannot train in a
-    subspace, if 'default' is asked for a model type that has no entry in ``DEFAULT_TARGETS``, or if the embedding or
-    head is of a kind that cannot train in a subspace.
+    "embeddings". Raises ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that
+    cannot train in a subspace, if 'default' is asked for a model type that has no entry in ``DEFAULT_TARGETS``, or if
+    the embedding or head is of a kind that cannot train in a subspace.
     """
     names = _names(model)
     stacked = {name for name, module in names.items() if isinstance(module, StackedLinear)}
