@@ -16,9 +16,10 @@ from torch import nn
 import rso_ds
 from rso_ds.checkpoint.export import export_dense
 from rso_ds.checkpoint.lora import export_lora
-from rso_ds.layers import grouped
+from rso_ds.layers import grouped, merge_
 from rso_ds.layers.grouped import Routing, dense_experts, subspace_experts
 from rso_ds.layers.summary import share_outside
+from rso_ds.subspace import sample_projection
 
 needs("transformers")
 
@@ -339,6 +340,19 @@ def test_experts_among_other_ranks_are_left_alone():
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(rso_ds.RSOConversionError, match=r"no linear layer .* matches 'experts\.gate_up_proj'"):
         rso_ds.convert(model, rso_ds.RSOConfig(rank=4, targets=tiny_moe.TARGETS))
+
+
+@pytest.mark.parametrize("sampler", ["haar", "coordinate"])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_merges_of_stacked_experts_are_those_of_their_rows(sampler, decay):
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 5, 8, generator=g).bfloat16()
+    B, P = torch.randn(3, 5, 4, generator=g).bfloat16(), sample_projection(sampler, 0, "x", 0, 8, 4)
+    stacked, rows = weight.clone(), weight.clone().view(15, 8)
+    merge_(stacked, B, P, decay, torch.Tensor.bfloat16)
+    merge_(rows, B.view(15, 4), P, decay, torch.Tensor.bfloat16)
+    assert torch.equal(stacked.view(15, 8), rows)
+    assert not torch.equal(stacked, weight)
 
 
 def test_rank_above_an_experts_smaller_side_is_refused():
