@@ -129,10 +129,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     rows = [row for e, k in zip(args.experts, args.choices, strict=True) for row in measure(args, e, k)]
-    print(
-        f"{device}, {args.threads} threads, {args.tokens} tokens, hidden {args.hidden}, inner {args.inner}, {args.dtype}"
-    )
-    print(table(rows))
+    sizes = f"{args.tokens} tokens, hidden {args.hidden}, inner {args.inner}, {args.dtype}"
+    print(f"{device}, {args.threads} threads, {sizes}\n\n{table(rows)}")
     if args.json:
         args.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
