@@ -18,9 +18,10 @@ from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
 from rso_ds.layers.foreign import refuse_foreign
 from rso_ds.layers.linear import RSOLinear
+from rso_ds.layers.linears import is_conv1d
 from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, partition_as, whole
 from rso_ds.layers.shared_input import SharedInput
-from rso_ds.layers.targets import is_conv1d, matches, name_some, resolve_targets, select_targets, shared_input_key
+from rso_ds.layers.targets import describe_dense, matches, resolve_targets, select_targets, shared_input_key
 from rso_ds.layers.ties import tied_targets
 from rso_ds.saved import apply_lean, pass_on, remove_lean
 from rso_ds.subspace import Subspace
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Conversion:
     """What ``convert`` did. ``layers`` maps names to layers in model order, tied ones once; ``replaced`` maps the
     id of each original weight Parameter to the B that is trained in its place. ``originals`` keeps those
-    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` maps the layers that
-    'targets' selects and that other code reads the weight of to the name of that code."""
+    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` says of the layers that
+    'targets' selects, and that train densely all the same, why (``rso_ds.layers.targets.select_targets``)."""
 
     layers: dict[str, SubspaceLayer]
     replaced: dict[int, nn.Parameter]
@@ -48,8 +49,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
     the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
     the block becomes lean as ``config.lean`` says (``rso_ds.saved``). Layers whose weight the caller has frozen
-    stay as they are, and so do those whose weight other code reads by itself, which a warning names. Works on plain
-    models, on the meta device, and on models built under ``deepspeed.zero.Init``.
+    stay as they are, and so do those that cannot train in a subspace or that "default" and "all-linear" leave dense,
+    which a warning names. Works on plain models, on the meta device, and on models built under
+    ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
     layer's smaller side, or a target's weight is tied to another parameter's use; ``RSOUnsupportedError`` for a
@@ -59,7 +61,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         raise RSOConversionError("the model has RSO layers already: convert a model once.")
     refuse_foreign(model)
     selected, left_dense = select_targets(model, config.targets)
-    names = [n for n in selected if n not in left_dense and model.get_submodule(n).weight.requires_grad]
+    trains = [n for n in selected if any(p.requires_grad for p in model.get_submodule(n).parameters(recurse=False))]
+    left_dense = {name: left_dense[name] for name in trains if name in left_dense}
+    names = [n for n in trains if n not in left_dense and model.get_submodule(n).weight.requires_grad]
     if not names:
         raise RSOConversionError(
             "every layer that 'targets' selects is frozen (requires_grad is False): nothing to train in a subspace."
@@ -91,14 +95,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, config, tied.B)
         layer.__dict__["tied_to"] = tied
         _put(model, old, layer)
+    model.__dict__["_rso_left_dense"] = left_dense
     if left_dense:
-        logger.warning(
-            "%d layers stay dense, since other code reads their weight by itself (%s), which would be W without B P^T:"
-            " %s.",
-            len(left_dense),
-            ", ".join(sorted(set(left_dense.values()))),
-            name_some(list(left_dense)),
-        )
+        logger.warning("%d layers that 'targets' selects stay dense: %s.", len(left_dense), describe_dense(left_dense))
     return Conversion({name: layers[name] for name in names}, replaced, originals, left_dense)
 
 
@@ -175,6 +174,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         merged[id(layer.B)] = dense.weight  # type: ignore[assignment]
         _put(model, layer, dense)
     remove_lean(model)
+    model.__dict__.pop("_rso_left_dense", None)
     return model
 
 
@@ -246,6 +246,7 @@ def _replacement(
                 turned = nn.Parameter(weight.detach().t().contiguous())
             weight = partition_as(turned, weight)
         layer = RSOLinear(weight, old.bias, in_features, out_features, subspace, shared, conv1d, B)  # type: ignore[arg-type]
+        layer.take_the_place_of(old)
     layer.form, layer.converted_with = form, config
     layer.train(old.training)
     pass_on(old, layer)

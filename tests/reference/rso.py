@@ -76,7 +76,8 @@ def train(
     W = {layer: model.get_submodule(layer).weight.detach().clone() for layer in group_of}
     if s.transposed:
         W = {layer: w.t() for layer, w in W.items()}
-    dense = {n: p.detach().clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in group_of}
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]  # what is frozen stays in the model
+    dense = {n: p.detach().clone() for n, p in named if n.removesuffix(".weight") not in group_of}
     B = {layer: torch.zeros(w.shape[0], s.rank, dtype=torch.float64) for layer, w in W.items()}
     state = {("B", n): Moments() for n in B} | {("dense", n): Moments() for n in dense}
     decay = 1.0
@@ -105,7 +106,7 @@ def train(
             return functional_call(model, params, args, kwargs)
 
         loss = sum(loss_of(forward, mb) for mb in micro_batches) / len(micro_batches)
-        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        grads = dict(zip(leaves, _gradients(loss, list(leaves.values())), strict=True))
         result.losses.append(loss.item())
         if s.clip:
             norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
@@ -142,6 +143,11 @@ def train(
         result.weights[layer + ".weight"] = merged.t() if s.transposed else merged
     result.weights |= dense
     return result
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    # Zero for what the loss does not depend on: mask tokens, poolers, an expert without tokens.
+    return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
 
 def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: float) -> Tensor:
