@@ -15,6 +15,7 @@ from torch import nn
 from rso_ds.layers.linears import is_linear
 from rso_ds.layers.outputs import output_layers
 from rso_ds.layers.partitioned import full_shape
+from rso_ds.layers.wrappers import without_compile
 
 _POOLER = re.compile("Pooler|PoolingHead")  # in names of classes
 _TASK = re.compile("For[A-Z]")  # BertForTokenClassification; bare models and parts have no such name
@@ -42,14 +43,14 @@ def left_dense(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def _heads(model: nn.Module) -> dict[str, str]:
     """{name of a linear layer: what makes it a head}."""
     names = {module: name for name, module in model.named_modules() if is_linear(module)}
-    found: dict[str, str] = {}
-    if not type(model).__module__.startswith("transformers."):
-        found = {name: f"an output layer of {type(model).__name__}" for name in output_layers(model)}
-    for task_model in _pretrained(model):
-        for head, why in _heads_of(task_model):
-            found = {names[m]: why for m in head.modules() if m in names} | found
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {name: "tied to an embedding" for module, name in names.items() if id(module.weight) in tables} | found
+    found = {name: "tied to an embedding" for module, name in names.items() if id(module.weight) in tables}
+    if not type(model).__module__.startswith("transformers."):
+        found |= {name: f"an output layer of {type(without_compile(model)).__name__}" for name in output_layers(model)}
+    for task_model in _pretrained(model):
+        heads = [(names[m], why) for head, why in _heads_of(task_model) for m in head.modules() if m in names]
+        found |= dict(reversed(heads))
+    return found
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy as _is_lazy
 
 # Subclasses whose own forward computes what nn.Linear's does: (module, class).
 _EQUIVALENT = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
@@ -22,7 +22,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_lazy(module: nn.Module) -> bool:
     """True for an ``nn.LazyLinear`` that has not seen its input."""
-    return isinstance(module._parameters.get("weight"), UninitializedParameter)
+    weight = module._parameters.get("weight")
+    return weight is not None and _is_lazy(weight)
 
 
 def obstacle(module: nn.Module) -> str | None:

@@ -15,8 +15,10 @@ from types import FunctionType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rso_ds.layers.linears import is_linear
+from rso_ds.layers.partitioned import full_shape
 from rso_ds.layers.source import Modules, Names, modules_of, plain_function, source_of
 from rso_ds.layers.wrappers import without_compile
 
@@ -30,15 +32,22 @@ def output_layers(model: nn.Module) -> list[str]:
     """Names, in model order, of the linear layers in which ``model`` ends; empty if there are none.
 
     Where the source cannot be read (code that was typed in, compiled code) or does not tell, it is the last linear
-    layer of the shape of a token embedding; without source and embedding it is the last one.
+    layer of the shape of a token embedding; without source and embedding it is the last one. Where nothing comes before
+    them, as in a model of one linear layer, they are no heads of anything.
     """
+    found = _found(model)
+    matrices = (n for n, p in model.named_parameters() if is_lazy(p) or len(full_shape(p)) > 1)
+    return found if any(name.rpartition(".")[0] not in found for name in matrices) else []
+
+
+def _found(model: nn.Module) -> list[str]:
     top = without_compile(model)
     flow = _Flow()
     found = flow.ends(top)
     step = plain_function(getattr(type(top), "training_step", None))  # Lightning's modules may have nothing else
     if step is not None:
         found |= flow.run(step, top, [], {})
-    names = {module: name for name, module in top.named_modules() if is_linear(module)}
+    names = {module: name for name, module in model.named_modules() if is_linear(module)}
     read = {_place(names[m]) for m in flow.read if m in names}
     result = [n for m, n in names.items() if m in found and m not in flow.read and _place(n) not in read]
     if result or not names:
@@ -100,8 +109,9 @@ class _Flow:
         """What ``module`` makes of values that come from ``given``."""
         if next(module.parameters(), None) is None:
             return given
-        self.read |= given
-        return self.ends(module)
+        ends = self.ends(module)
+        self.read |= given - ends
+        return ends
 
     def run(
         self, function: FunctionType, owner: nn.Module, given: list[tuple[Layers, Modules]], named: dict[str, Any]
@@ -133,7 +143,7 @@ class _Flow:
                 if isinstance(called, ast.Attribute) and called.attr in _COLLECTING:
                     f.values[ast.unparse(called.value)] = value
             elif isinstance(node, (ast.For, ast.AsyncFor)):
-                each: list[Modules] = [(module,) for module in modules_of(node.iter, f.known)]
+                each: list[Modules] = [(module,) for module in _items(node.iter, f.known)]
                 for modules in each or [()]:
                     self._bind(node.target, self._value(node.iter, f), modules, f)
                     self._block(node.body, f)
@@ -185,7 +195,7 @@ class _Flow:
             return self._called(node, f)
         if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
             for part in node.generators:
-                self._bind(part.target, self._value(part.iter, f), modules_of(part.iter, f.known), f)
+                self._bind(part.target, self._value(part.iter, f), tuple(_items(part.iter, f.known)), f)
             parts: list[ast.expr] = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
             return self._union(parts, f)
         value = self._union((n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)), f)
@@ -237,6 +247,26 @@ def _callees(node: ast.expr, f: _Frame, arguments: list[ast.expr]) -> Iterator[n
                 yield items[index]
             else:
                 yield from items[-1:] if read & set(f.assigned) else items
+
+
+def _items(node: ast.expr, known: Names) -> Iterator[nn.Module]:
+    """The modules that a loop over an expression goes through, in order."""
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+        try:
+            bounds: list[Any] = [
+                b and ast.literal_eval(b) for b in (node.slice.lower, node.slice.upper, node.slice.step)
+            ]
+        except ValueError:
+            bounds = [None]
+        for owner in modules_of(node.value, known):
+            yield from list(owner.children())[slice(*bounds)]
+    elif isinstance(node, ast.Call):  # enumerate(self.layers), self.layers.items()
+        for source in [node.func.value] if isinstance(node.func, ast.Attribute) else node.args:
+            yield from _items(source, known)
+    else:
+        for module in modules_of(node, known):
+            yield from module.children() if isinstance(module, containers) else (module,)
 
 
 def _defines(node: ast.AST) -> bool:
