@@ -22,7 +22,7 @@ PLACES = {"embeddings": "get_input_embeddings", "head": "get_output_embeddings"}
 SHARED_INPUT: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
+    ("query", "key", "value", "conv_out_layer"),
     ("q", "k", "v"),
     ("wi_0", "wi_1"),
     ("q_lin", "k_lin", "v_lin"),

@@ -107,6 +107,7 @@ def train(
 
         loss = sum(loss_of(forward, mb) for mb in micro_batches) / len(micro_batches)
         grads = dict(zip(leaves, _gradients(loss, list(leaves.values())), strict=True))
+        grads = {key: g for key, g in grads.items() if g is not None}
         result.losses.append(loss.item())
         if s.clip:
             norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
@@ -145,9 +146,9 @@ def train(
     return result
 
 
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    # Zero for what the loss does not depend on: mask tokens, poolers, an expert without tokens.
-    return torch.autograd.grad(loss, leaves, materialize_grads=True)
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    # None for what this loss does not depend on, which takes no step: a mask token, an expert without tokens.
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: float) -> Tensor:
