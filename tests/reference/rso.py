@@ -170,6 +170,8 @@ def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: fl
 
 def _carry(s: Settings, st: Moments, P_old: Tensor, P_new: Tensor) -> None:
     in_features, r = P_old.shape
+    if not st.step:
+        return
     if s.carry_over == "reset":
         st.m, st.v, st.step = st.m * 0, st.v * 0, 0
     elif s.carry_over == "keep_second":

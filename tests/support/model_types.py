@@ -1,4 +1,4 @@
-"""Tiny random models of the types in ``DEFAULT_TARGETS``, and something to feed them."""
+"""Tiny random models of the types in ``DEFAULT_TARGETS``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers as t
-from torch import Tensor, nn
+from torch import nn
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -368,62 +367,3 @@ KINDS: dict[str, Kind] = {
         ("lm_head", *(f"{part}.linear_fc{i}" for part in ("merger", "deepstack_merger_list.0") for i in (1, 2))),
     ),
 }  # fmt: skip
-
-
-def build(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A model in training mode that draws no random numbers: no dropout, no jitter of routers."""
-    torch.manual_seed(0)
-    model = KINDS[kind].build().to(dtype).train()
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if ("drop" in name or "jitter" in name or (name == "p" and "Dropout" in type(module).__name__)) and value:
-                setattr(module, name, 0.0 if isinstance(value, float) else value)
-    model.config._experts_implementation = "eager"  # the grouped product knows no float64
-    return model
-
-
-def batch_for(model: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Arguments for which ``model`` reads all its inputs, and computes a loss if it has one."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    def tokens(length: int = 12) -> Tensor:
-        return torch.randint(5, 50, (2, length), generator=generator)
-
-    name, kind = type(model).__name__, model.config.model_type
-    classes = torch.tensor([0, 2])
-    if kind in ("gemma3", "paligemma", "llava"):
-        ids = tokens()
-        ids[:, 1:5] = 60
-        types = {} if kind == "llava" else {"token_type_ids": (ids == 60).long()}
-        return {"input_ids": ids, "labels": ids.clone(), "pixel_values": noise(2, 3, 8, 8), **types}
-    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        ids = tokens()
-        ids[:, 1], ids[:, 2:6], ids[:, 6] = 62, 60, 63
-        grid = torch.tensor([[1, 4, 4]] * 2)
-        pixels = {"pixel_values": noise(32, 96), "image_grid_thw": grid, "mm_token_type_ids": (ids == 60).int()}
-        return {"input_ids": ids, "labels": ids.clone(), **pixels}
-    if "ImageClassification" in name:
-        size = getattr(model.config, "vision_config", model.config).image_size
-        return {"pixel_values": noise(2, 3, size, size), "labels": classes}
-    if kind == "dinov3_vit":
-        return {"pixel_values": noise(2, 3, 8, 8)}
-    if kind in ("clip", "siglip"):
-        return {"input_ids": tokens(), "pixel_values": noise(2, 3, 8, 8), "return_loss": True}
-    if kind in ("wav2vec2", "hubert", "wavlm"):
-        labels = torch.tensor([[3, 4], [5, 6]]) if "CTC" in name else torch.tensor([0, 1])
-        return {"input_values": noise(2, 400), "labels": labels}
-    if kind == "audio-spectrogram-transformer":
-        return {"input_values": noise(2, 16, 8), "labels": classes}
-    if kind == "whisper":
-        return {"input_features": noise(2, 8, 20), "labels": classes if "Classification" in name else tokens(6)}
-    return {"input_ids": tokens(), "labels": tokens(6 if model.config.is_encoder_decoder else 12)}
-
-
-def loss_of(forward: Callable[..., Any], batch: dict[str, Any]) -> Tensor:
-    """The loss; of a bare model, the mean square of its output."""
-    outputs = forward(**batch)
-    loss = getattr(outputs, "loss", None)
-    return outputs[0].pow(2).mean() if loss is None else loss
