@@ -20,10 +20,11 @@ from rso_ds.layers.experts import RSOExperts
 from rso_ds.layers.foreign import refuse_foreign
 from rso_ds.layers.kinds import is_turned, ordinary_shape, ordinary_weight
 from rso_ds.layers.linear import RSOLinear
+from rso_ds.layers.linears import is_conv1d
 from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, partition_as, whole
 from rso_ds.layers.shared_input import SharedInput
 from rso_ds.layers.stacked import Ordinary, StackedLinear, ordinary_layer
-from rso_ds.layers.targets import is_conv1d, matches, name_some, resolve_targets, select_targets, shared_input_key
+from rso_ds.layers.targets import describe_dense, matches, resolve_targets, select_targets, shared_input_key
 from rso_ds.layers.ties import tied_targets
 from rso_ds.saved import apply_lean, pass_on, remove_lean
 from rso_ds.subspace import Subspace
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 class Conversion:
     """What ``convert`` did. ``layers`` maps names to layers in model order, tied ones once; ``replaced`` maps the
     id of each original weight Parameter to the B that is trained in its place. ``originals`` keeps those
-    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` maps the layers that
-    'targets' selects and that other code reads the weight of to the name of that code."""
+    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` says of the layers that
+    'targets' selects, and that train densely all the same, why (``rso_ds.layers.targets.select_targets``)."""
 
     layers: dict[str, SubspaceLayer]
     replaced: dict[int, nn.Parameter]
@@ -52,8 +53,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     W keeps its Parameter object (a transposed copy where it was stored [in, out]), its name and its dtype; B is added
     under the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
     the block becomes lean as ``config.lean`` says (``rso_ds.saved``). Layers whose weight the caller has frozen
-    stay as they are, and so do those whose weight other code reads by itself, which a warning names. Works on plain
-    models, on the meta device, and on models built under ``deepspeed.zero.Init``.
+    stay as they are, and so do those that cannot train in a subspace or that "default" and "all-linear" leave dense,
+    which a warning names. Works on plain models, on the meta device, and on models built under
+    ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
     layer's smaller side, or a target's weight is tied to another parameter's use; ``RSOUnsupportedError`` for a
@@ -64,7 +66,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
     refuse_foreign(model)
     selected, left_dense = select_targets(model, config.targets)
     ordinary = {name: ordinary_layer(model, name) for name in selected}
-    names = [n for n in selected if n not in left_dense and ordinary[n].weight.requires_grad]
+    trains = [name for name in selected if _trains(ordinary[name])]
+    left_dense = {name: left_dense[name] for name in trains if name in left_dense}
+    names = [name for name in trains if name not in left_dense and ordinary[name].weight.requires_grad]
     if not names:
         raise RSOConversionError(
             "every layer that 'targets' selects is frozen (requires_grad is False): nothing to train in a subspace."
@@ -96,14 +100,9 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, config, tied.B)
         layer.__dict__["tied_to"] = tied
         _put(model, old, layer)
+    model.__dict__["_rso_left_dense"] = left_dense
     if left_dense:
-        logger.warning(
-            "%d layers stay dense, since other code reads their weight by itself (%s), which would be W without B P^T:"
-            " %s.",
-            len(left_dense),
-            ", ".join(sorted(set(left_dense.values()))),
-            name_some(list(left_dense)),
-        )
+        logger.warning("%d layers that 'targets' selects stay dense: %s.", len(left_dense), describe_dense(left_dense))
     return Conversion({name: layers[name] for name in names}, replaced, originals, left_dense)
 
 
@@ -184,11 +183,17 @@ def to_dense(model: nn.Module) -> nn.Module:
         else:
             _put(model, layer, dense)
     remove_lean(model)
+    model.__dict__.pop("_rso_left_dense", None)
     return model
 
 
 def _modules(ordinary: Mapping[str, Ordinary], names: list[str]) -> list[str]:
     return [name for name in names if isinstance(ordinary[name], nn.Module)]
+
+
+def _trains(ordinary: Ordinary) -> bool:
+    params = [ordinary.weight] if isinstance(ordinary, StackedLinear) else ordinary.parameters(recurse=False)
+    return any(param.requires_grad for param in params)
 
 
 def _kind(ordinary: Ordinary) -> str:
@@ -270,6 +275,7 @@ def _replacement(
     else:
         bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
         layer = RSOLinear(weight, bias, in_features, out_features, subspace, shared, kind == "conv1d", B)
+        layer.take_the_place_of(old)
         pass_on(old, layer)
     layer.form, layer.converted_with = form, config
     layer.train(old.training)

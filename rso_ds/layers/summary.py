@@ -10,6 +10,7 @@ from torch import nn
 from rso_ds.config import RSOConfig
 from rso_ds.layers.base import rso_layers, subspace_modules
 from rso_ds.layers.partitioned import full_numel
+from rso_ds.layers.targets import describe_dense
 
 
 def _folded(name: str) -> str:
@@ -79,7 +80,7 @@ def much_outside(model: nn.Module) -> str:
 
 def summary_table(model: nn.Module, config: RSOConfig) -> str:
     """Plain text, a line per kind of layer (block indices folded into ``*``, tied layers joined by =), then
-    the totals."""
+    the totals, and what stays dense though 'targets' selects it."""
     kinds: Counter[tuple[str, int, int, int, int]] = Counter()
     names: dict[int, list[str]] = {}
     for name, layer in subspace_modules(model):
@@ -112,4 +113,7 @@ def summary_table(model: nn.Module, config: RSOConfig) -> str:
         f" ({counts['communicated'] / dense:.1%})",
         f"  outside      {outside(model)}",
     ]
+    left_dense = getattr(model, "_rso_left_dense", None)
+    if left_dense:
+        lines.append(f"  left dense   {describe_dense(left_dense)}")
     return "\n".join(lines)

@@ -74,7 +74,7 @@ def train(
     step is the mean over its micro batches. ``lr_scale[step]`` multiplies both learning rates.
     """
     group_of = {layer: g for g, layers in s.groups.items() for layer in layers}
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}  # what is frozen stays in the model
     stored = {layer: layer if layer in parameters else f"{layer}.weight" for layer in group_of}
 
     def turned(layer: str, w: Tensor) -> Tensor:
@@ -109,7 +109,8 @@ def train(
             return functional_call(model, params, args, kwargs)
 
         loss = sum(loss_of(forward, mb) for mb in micro_batches) / len(micro_batches)
-        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        grads = dict(zip(leaves, _gradients(loss, list(leaves.values())), strict=True))
+        grads = {key: g for key, g in grads.items() if g is not None}
         result.losses.append(loss.item())
         if s.clip:
             norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
@@ -147,6 +148,11 @@ def train(
     return result
 
 
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    # None for what this loss does not depend on, which takes no step: a mask token, an expert without tokens.
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
 def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: float) -> Tensor:
     st.step += 1
     if s.solver == "sgd":
@@ -166,6 +172,8 @@ def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: fl
 
 def _carry(s: Settings, st: Moments, P_old: Tensor, P_new: Tensor) -> None:
     in_features, r = P_old.shape
+    if not st.step:
+        return
     if s.carry_over == "reset":
         st.m, st.v, st.step = st.m * 0, st.v * 0, 0
     elif s.carry_over == "keep_second":
