@@ -12,7 +12,8 @@ import rso_ds
 from rso_ds.layers import rso_layers
 
 pytest.importorskip("transformers")
-from support.model_types import KINDS, batch_for, build, loss_of
+from support.model_inputs import batch_for, build, loss_of
+from support.model_types import KINDS
 
 from rso_ds.layers.default_targets import _FAMILIES, DEFAULT_TARGETS
 
