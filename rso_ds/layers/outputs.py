@@ -49,7 +49,7 @@ def _found(model: nn.Module) -> list[str]:
         found |= flow.run(step, top, [], {})
     names = {module: name for name, module in model.named_modules() if is_linear(module)}
     read = {_place(names[m]) for m in flow.read if m in names}
-    result = [n for m, n in names.items() if m in found and m not in flow.read and _place(n) not in read]
+    result = [n for m, n in names.items() if m in found and _place(n) not in read]
     if result or not names:
         return result
     tables = {(m.num_embeddings, m.embedding_dim) for m in top.modules() if isinstance(m, nn.Embedding)}

@@ -50,6 +50,9 @@ def batch_for(model: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str,
         return {"pixel_values": noise(2, 3, size, size), "labels": classes}
     if kind == "dinov3_vit":
         return {"pixel_values": noise(2, 3, 8, 8)}
+    if kind == "siglip2":
+        pixels = {"pixel_values": noise(2, 4, 48), "pixel_attention_mask": torch.ones(2, 4, dtype=torch.long)}
+        return {"input_ids": tokens(), "return_loss": True, "spatial_shapes": torch.tensor([[2, 2]] * 2), **pixels}
     if kind in ("clip", "siglip"):
         return {"input_ids": tokens(), "pixel_values": noise(2, 3, 8, 8), "return_loss": True}
     if kind in ("wav2vec2", "hubert", "wavlm"):

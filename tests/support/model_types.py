@@ -287,6 +287,15 @@ KINDS: dict[str, Kind] = {
         lambda: t.CLIPForImageClassification(t.CLIPConfig(**TOWERS, num_labels=3)), ("classifier",)
     ),
     "siglip": Kind(lambda: t.SiglipModel(t.SiglipConfig(**TOWERS)), ("text_model.head", *POOLING)),
+    "siglip2": Kind(
+        lambda: t.Siglip2Model(
+            t.Siglip2Config(
+                text_config=TOWERS["text_config"],
+                vision_config={**{k: v for k, v in IMAGE.items() if k != "image_size"}, "num_patches": 4},
+            )
+        ),
+        ("text_model.head", "patch_embedding", *POOLING),
+    ),
     "siglip-classifier": Kind(
         lambda: t.SiglipForImageClassification(t.SiglipConfig(**TOWERS, num_labels=3)), ("classifier", *POOLING)
     ),
