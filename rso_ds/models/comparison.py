@@ -43,11 +43,10 @@ def check_weights(name: str, model: Any, weights: StoredWeights, new_head: bool)
                 None, config=model.config, state_dict=dict(weights.tensors), device_map={"": "meta"},
                 dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-        except RuntimeError as error:
-            first = str(error).partition("\n")[0]
+        except RuntimeError:  # of its report, which is not shown
             raise RSOConfigError(
                 f"--model {name}: its tensors cannot be made those of {type(model).__name__}: some that belong together"
-                f" (experts, parts of one matrix) are missing or of unequal shape. ({first})"
+                " (experts, parts of one matrix) are missing or of unequal shape."
             ) from None
     in_head = _head_of(model) if new_head else lambda key: False
     missing = sorted(info["missing_keys"])
@@ -55,20 +54,20 @@ def check_weights(name: str, model: Any, weights: StoredWeights, new_head: bool)
     others["left over"] = sorted(key for key in info["unexpected_keys"] if not (new_head and _foreign(model, key)))
     shapes = sorted(info["mismatched_keys"])
     if any(others.values()):
-        parts = [f"{len(names):,} are {what} ({some(names)})" for what, names in others.items() if names]
+        parts = [f"{len(names):,} {what} ({some(names)})" for what, names in others.items() if names]
         raise RSOConfigError(
             f"--model {name}: its weights are not those of the {type(model).__name__} that its config.json describes:"
-            f" of {len(model.state_dict()):,} tensors {' and '.join(parts)}.{_remedy(others['left over'])}"
+            f" of {len(model.state_dict()):,} tensors, {' and '.join(parts)}.{_remedy(others['left over'])}"
         )
     if shapes:
         told = [f"{key} is {list(stored)}, and not {list(wanted)}" for key, stored, wanted in shapes]
-        hint = ""
+        hint = " Give the config.json that belongs to these weights."
         if all(in_head(key) for key, _, _ in shapes):
             hint = f" Its head has other labels than the {model.config.num_labels} of --data: give the model from which"
             hint += " it was made."
         raise RSOConfigError(
             f"--model {name}: {len(shapes):,} tensors have another shape than its config.json says:"
-            f" {'; '.join(told[:3])}{'; ...' if len(told) > 3 else ''}.{hint}"
+            f" {'; '.join(told[:3])}{' and so on' if len(told) > 3 else ''}.{hint}"
         )
     _refuse_integers(name, model, weights)
     return missing

@@ -57,10 +57,10 @@ def check_length(config: Any, positions: int | None, length: int, flag: str) -> 
     if not isinstance(made_for, int) or length <= made_for:
         return None
     return (
-        f"warning: {flag} {length} is more than the {made_for} positions (max_position_embeddings) that the model is for"
-        " by its config.json. It computes positions, so that it trains, but beyond these it has learned nothing, and the"
-        f" saved config.json goes on saying {made_for}. To extend the model, change max_position_embeddings (and the rope"
-        " parameters) in the config.json of --model."
+        f"warning: {flag} {length} is more than the {made_for} positions (max_position_embeddings) of the model's"
+        " config.json. Positions are computed, so that it trains, but it may have seen none beyond these, and the saved"
+        f" config.json goes on saying {made_for}. To extend the model, change max_position_embeddings, and the rope"
+        " parameters, in the config.json of --model."
     )
 
 

@@ -70,9 +70,17 @@ class Start:
             return random_model(config, self.kind, self.trust_remote_code)
 
         def pretrained() -> PreTrainedModel:
-            model: PreTrainedModel = self.kind.from_pretrained(
-                self.base, config=config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
-            )
+            model: PreTrainedModel
+            model, info = self.kind.from_pretrained(
+                self.base, config=config, dtype=torch.float32, trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )  # fmt: skip
+            absent = sorted(set(info["missing_keys"]) - set(self.new))
+            if absent and not _is_quantised(config):  # ZeRO-3 finds names by rules of its own
+                raise RSOConfigError(
+                    f"--model {self.name}: {len(absent):,} of its tensors have not been loaded ({some(absent)}): save"
+                    " it again with save_pretrained, which writes the names that are looked for."
+                )
             grow_embeddings(model, rows)
             return model if self.base == self.name else merged(model, self.name)
 
@@ -102,7 +110,7 @@ def find_start(
     weights = None if begins_random(base, init) else stored_weights(base, config)
     if weights is None and init != "random":
         _refuse_without_weights(base, init)
-    if weights is not None and getattr(config, "quantization_config", None) is not None:
+    if weights is not None and _is_quantised(config):
         if not quantised:
             raise RSOConfigError(
                 f"--model {name} is quantised ({_method(config)}), and what is trained is added to its weights, which"
@@ -125,6 +133,10 @@ def random_model(
     """The model of ``config`` with random weights; partitioned where a ZeRO-3 HfDeepSpeedConfig is alive."""
     model: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model
+
+
+def _is_quantised(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _method(config: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,12 +120,14 @@ def _pickled(file: Path) -> dict[str, Tensor]:
     try:
         mapped = {"mmap": True} if zipfile.is_zipfile(file) else {}
         content = torch.load(file, map_location="meta", weights_only=True, **mapped)
-    except Exception as error:  # torch, zip and pickle each have their own
-        first = str(error).partition("\n")[0]
+    except pickle.UnpicklingError:
         raise RSOConfigError(
-            f"--model {file} is cut, damaged, or not a state dict ({type(error).__name__}: {first}): fetch it again,"
-            " or save the model with save_pretrained."
+            f"--model {file} is no state dict: it is damaged, or holds Python objects beside tensors, which are not"
+            " loaded, since they may run code. Save the model with save_pretrained."
         ) from None
+    except Exception as error:  # torch and zip each have their own
+        first = str(error).partition("\n")[0].partition(". ")[0]
+        raise RSOConfigError(f"--model {file} is cut or damaged ({first}): fetch it again.") from None
     if not isinstance(content, Mapping):
         raise RSOConfigError(f"--model {file} holds {type(content).__name__}, and not a state dict.")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

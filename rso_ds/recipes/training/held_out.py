@@ -52,8 +52,8 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int, seed: int) -> str:
-    """``prompt`` continued by ``new_tokens`` tokens at temperature 0.8. Where ``model`` has learned fewer positions, the
-    beginning of ``prompt`` and the end of the sample give way."""
+    """``prompt`` continued by ``new_tokens`` tokens at temperature 0.8. Where ``model`` has learned fewer positions,
+    the beginning of ``prompt`` and the end of the sample give way."""
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     limit = learned_positions(model)
