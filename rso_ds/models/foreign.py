@@ -46,11 +46,11 @@ def advice(folder: Path) -> str:
 def looks_trained(folder: Path) -> list[str]:
     """Names of what lies in ``folder`` and hardly would if random weights were meant: a tokenizer, files like
     weights, an adapter, checkpoints."""
-    checkpoints = ("adapter_config.json", "hf", "checkpoints", "checkpoint-*", "global_step*", "pytorch_model_fsdp*")
-    patterns = (*_WEIGHT_LIKE, *checkpoints, *_TOKENIZER)
-    return list(dict.fromkeys(path.name for pattern in patterns for path in sorted(folder.glob(pattern))))
+    patterns = (*_WEIGHT_LIKE, *_ADVICE, "global_step*", "pytorch_model_fsdp*", *_TOKENIZER)
+    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)))
+    return list(dict.fromkeys(str(path.relative_to(folder)) for path in found))
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether ``folder`` holds a file of a tokenizer's vocabulary or settings."""
-    return any(True for pattern in _TOKENIZER for _ in folder.glob(pattern))
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer's vocabulary or settings in ``folder``."""
+    return [path for pattern in _TOKENIZER for path in sorted(folder.glob(pattern)) if path.is_file()]

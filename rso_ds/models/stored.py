@@ -92,14 +92,19 @@ def _listed(name: str, index: Path) -> list[Path]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        with open(file, "rb") as stream:
-            head = stream.read(HEAD)
+        head = head_of(file)
         check_pointer(head, f"--model {file}")
         if not head:
             raise RSOConfigError(f"--model {file} is empty: fetch it again.")
         return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
     except OSError as error:
         raise RSOConfigError(f"--model {file} cannot be read: {error.strerror or error}.") from None
+
+
+def head_of(file: Path) -> bytes:
+    """The bytes that decide what ``file`` holds."""
+    with open(file, "rb") as stream:
+        return stream.read(HEAD)
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:

@@ -8,8 +8,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from rso_ds.errors import RSOConfigError
-from rso_ds.models.foreign import has_tokenizer
+from rso_ds.models.foreign import tokenizer_files
 from rso_ds.models.remote_code import loaded
+from rso_ds.models.stored import head_of
+from rso_ds.text import check_pointer
 
 
 def load_tokenizer(name: str, flag: str, trust_remote_code: bool = False) -> Any:
@@ -25,8 +27,11 @@ def load_tokenizer(name: str, flag: str, trust_remote_code: bool = False) -> Any
             from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]
 
             return GPT2TokenizerFast.from_pretrained(name)
-        if not has_tokenizer(folder):
+        files = tokenizer_files(folder)
+        if not files:
             raise RSOConfigError(f"{what} cannot be loaded: the folder holds no tokenizer.json or other vocabulary.")
+        for file in files:
+            check_pointer(head_of(file), f"{flag} {file}")
     elif folder.exists():
         raise RSOConfigError(f"{what} cannot be loaded: it is a file, and not a folder.")
     elif name.startswith((".", "/")) or "\\" in name:

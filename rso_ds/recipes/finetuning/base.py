@@ -10,7 +10,7 @@ from rso_ds.comm.agreement import agree_on
 from rso_ds.comm.decisions import first_on_each_node
 from rso_ds.comm.outcome import agreed
 from rso_ds.errors import RSOConfigError
-from rso_ds.models import Start, check_length, check_tokens, find_start, load_tokenizer
+from rso_ds.models import Start, check_length, check_tokens, find_start, load_tokenizer, rows_needed
 from rso_ds.recipes.finetuning.arguments import FinetuneArguments
 
 
@@ -35,7 +35,8 @@ class Base:
         self.start, self.tokenizer = first_on_each_node(
             look, "looking at --model", training.ddp_timeout, training.local_process_index, RSOConfigError
         )
-        agree_on({"start of the model": self.start.mark()}, "Give every rank the same --model.")
+        mine = {"start of the model": self.start.mark(), "tokens of the tokenizer": rows_needed(self.tokenizer)}
+        agree_on(mine, "Give every rank the same --model.")
         self._say(self.start.text())
 
     def fits(self, length: int | None) -> None:
