@@ -294,9 +294,7 @@ def test_only_the_head_of_a_classifier_is_new(tmp_path, kind, settings, new):
     assert start.new == new
     assert new[0] in start.text()
     stored = load_file(tmp_path / "model.safetensors")
-    embeddings = next(
-        value for name, value in stored.items() if name.endswith(("word_embeddings.weight", "wte.weight"))
-    )
+    embeddings = next(stored[n] for n in stored if n.endswith(("word_embeddings.weight", "wte.weight")))
     assert torch.equal(start.build(0).get_input_embeddings().weight, embeddings)
 
 

@@ -100,7 +100,9 @@ class ClassificationArguments(FinetuneArguments):
     text_column: str = _flag("text", "Column of the text.")
     pair_column: str | None = _flag(None, "Column of a second text, for pairs.")
     label_column: str = _flag("label", "Column of the label; names and numbers both do.")
-    max_length: int = _flag(128, "Longer texts are cut to so many tokens.")
+    max_length: int | None = _flag(
+        None, "Longer texts are cut to so many tokens; default: 128, or the model's positions where these are fewer."
+    )
     trust_remote_code: bool = _flag(False, TRUST_HELP)  # of causal models it is SFTConfig's
 
     def columns(self, present: Sequence[str]) -> dict[str, str]:

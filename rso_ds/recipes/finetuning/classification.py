@@ -15,6 +15,8 @@ from rso_ds.recipes.finetuning.arguments import ClassificationArguments
 from rso_ds.recipes.finetuning.base import Base
 from rso_ds.recipes.finetuning.data import sample
 
+_MAX_LENGTH = 128  # tokens of a text, where the flags say nothing
+
 
 def trainer_parts(
     args: ClassificationArguments, training: TrainingArguments, quantised: bool, rows: Dataset, held_out: Dataset
@@ -39,6 +41,7 @@ def trainer_parts(
     tokenizer = base.tokenizer
     ensure_padding(tokenizer, args.model)  # the classification head of a decoder reads the last token before it
     base.fits(args.max_length)
+    max_length = args.max_length or min(_MAX_LENGTH, base.start.positions or _MAX_LENGTH)
     model: Any = base.load()
     model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -46,7 +49,7 @@ def trainer_parts(
         texts = [batch[args.text_column]]
         if args.pair_column is not None:
             texts.append(batch[args.pair_column])
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=args.max_length))
+        encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         encoded["labels"] = [ids[label] for label in batch[args.label_column]]
         return encoded
 
