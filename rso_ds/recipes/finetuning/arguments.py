@@ -105,6 +105,11 @@ class ClassificationArguments(FinetuneArguments):
     )
     trust_remote_code: bool = _flag(False, TRUST_HELP)  # of causal models it is SFTConfig's
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise RSOConfigError(f"--max_length must be at least 1, got {self.max_length}.")
+
     def columns(self, present: Sequence[str]) -> dict[str, str]:
         pair = {} if self.pair_column is None else {"--pair_column": self.pair_column}
         return {"--text_column": self.text_column, **pair, "--label_column": self.label_column}
