@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rso_ds.checkpoint.model_files import write_code
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer, dense_layer, rso_layers
 from rso_ds.layers.kinds import ordinary_name
@@ -83,5 +84,15 @@ def save_dense(model: nn.Module, folder: str | Path, rank: int = 0) -> None:
             f"{type(model).__name__} has no save_pretrained: use rso_ds.checkpoint.dense_state_dict and save that."
         )
     state = dense_state_dict(model, keep=rank == 0)
-    if rank == 0:
+    if rank != 0:
+        return
+    kind: Any = type(model)
+    if not isinstance(model, FSDPModule) or getattr(kind, "_auto_class", None) is None:
         save(folder, state_dict=state)
+        return
+    kind._auto_class = None  # transformers would save the code of the class that fully_shard has made of the model's
+    try:
+        save(folder, state_dict=state)
+    finally:
+        del kind._auto_class
+    write_code(model, Path(folder))

@@ -15,6 +15,8 @@ import yaml
 
 from rso_ds.config import unknown_key
 from rso_ds.errors import RSOConfigError
+from rso_ds.models.fit import RESIZE_HELP
+from rso_ds.models.remote_code import TRUST_HELP
 from rso_ds.recipes.data.mixture import names_and_weights
 from rso_ds.text import check_encoding, read_text
 
@@ -48,6 +50,8 @@ class TrainArguments:
     init: str = _flag(
         "auto", "Weights of --model: random, pretrained, or whichever it has.", choices=("auto", "random", "pretrained")
     )
+    resize_embeddings: bool = _flag(False, RESIZE_HELP)
+    trust_remote_code: bool = _flag(False, TRUST_HELP)
     data: list[str] = _flag(
         ["stdlib"],
         "Text, jsonl, json, csv, tsv or parquet file (.xz/.gz/.zst/.bz2), pattern, folder, hub dataset"

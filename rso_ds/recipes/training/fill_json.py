@@ -12,7 +12,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from rso_ds.config import AUTO, RSOConfig
 from rso_ds.errors import RSOConfigError
-from rso_ds.models import has_weights
+from rso_ds.models import begins_random
 from rso_ds.recipes.training.arguments import TrainArguments
 from rso_ds.text import read_json as read_json_file
 
@@ -45,7 +45,7 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
     if not isinstance(config["optimizer"].setdefault("params", {}), dict):
         raise RSOConfigError(f"--deepspeed {path}: 'params' of the optimizer must be a block {{...}}.")
     params = config["optimizer"]["params"]
-    if config["optimizer"]["type"] == "RSO" and params.get("lr") == AUTO and _begins_random(args):
+    if config["optimizer"]["type"] == "RSO" and params.get("lr") == AUTO and begins_random(args.model, args.init):
         params.setdefault("dense_lr", AUTO)
     for item in args.set:
         key, equals, value = item.partition("=")
@@ -60,10 +60,6 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
         if flag is not None:
             _put(config, key, flag)
     return config
-
-
-def _begins_random(args: TrainArguments) -> bool:
-    return args.init == "random" or (args.init == "auto" and not has_weights(args.model))
 
 
 def batch_sizes(config: dict[str, Any], args: TrainArguments, world_size: int) -> tuple[int, int]:
@@ -134,7 +130,7 @@ def fill(
     elif "lr" not in params:
         raise RSOConfigError(f"--deepspeed {args.deepspeed}: give optimizer.params.lr, or --learning-rate.")
     if config["optimizer"]["type"] == "RSO":
-        _fill_rso(params, steps, _begins_random(args))
+        _fill_rso(params, steps, begins_random(args.model, args.init))
     _fill(params, "lr", _ADAMW_LR)
     _fill(params, "weight_decay", 0.0)
     _fill(params, "betas", [0.9, 0.999])

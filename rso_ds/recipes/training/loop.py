@@ -15,14 +15,14 @@ import torch
 from rso_ds.checkpoint import Retention, save_dense
 from rso_ds.checkpoint.folder import has_checkpoints
 from rso_ds.comm.agreement import agree_on
-from rso_ds.comm.decisions import decided, patiently
+from rso_ds.comm.decisions import decided, first_on_each_node, patiently
 from rso_ds.comm.failures import limit_waiting
 from rso_ds.comm.outcome import agreed
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.config import RSOConfig
 from rso_ds.engines.observer import Observer
 from rso_ds.errors import RSOConfigError, RSOError
-from rso_ds.models import LLAMA_SHAPES
+from rso_ds.models import Start, begins_random, check_length, check_tokens, find_start, rows_needed
 from rso_ds.planning.memory.account import Account, Accountant, model_builder
 from rso_ds.planning.memory.peak import peak_memory_bytes
 from rso_ds.planning.memory.profile import StepProfiler, report
@@ -52,7 +52,13 @@ class Job:
                 f"--output {self.output} holds checkpoints of an earlier run: continue it with --resume auto, or give"
                 " another --output."
             )
-        self.data = prepare(args, corpus, context)
+        self.start = first_on_each_node(
+            self._find_start, "looking at --model", args.timeout, context.local_rank, RSOConfigError
+        )
+        warning = check_length(self.start.config, self.start.positions, args.seq_len, "--seq-len")
+        if context.rank == 0:
+            print("\n".join(filter(None, (self.start.text(), warning))), flush=True)
+        self.data = prepare(args, corpus, context, self._rows)
         if context.rank == 0:
             print(self.data.description.text(), flush=True)
         self.tokenizer, self.held_out = self.data.tokenizer, self.data.held_out
@@ -84,7 +90,7 @@ class Job:
         position = None if self.point is None else self.point.position
         self.batches = self.data.batches(shape, position, context.device)
         try:
-            self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
+            self.engine = build_engine(args, self.ds_json, self.start, self._rows(self.tokenizer), context)
             self._resume()
             agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
         except BaseException:
@@ -95,6 +101,18 @@ class Job:
         self.display = Display(self.steps, self.first_step, context.rank == 0)
 
     # -- building ------------------------------------------------------------------------------------
+
+    def _find_start(self) -> Start:
+        return find_start(self.args.model, init=self.args.init, trust_remote_code=self.args.trust_remote_code)
+
+    def _rows(self, tokenizer: Any) -> int:
+        """Embeddings that the model is to have. Raises ``RSOConfigError`` if it has too few for ``tokenizer``."""
+        if self.start.config is None:
+            return rows_needed(tokenizer)
+        remedy = "; a BPE as large as the model's vocabulary is made with --vocab-size"
+        if self.args.tokenizer is not None or self.start.weights is not None:
+            remedy = "; the model's own tokenizer is another remedy (--tokenizer)"
+        return check_tokens(self.start.config, tokenizer, self.args.resize_embeddings, remedy)
 
     def _write_settings(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -109,11 +127,12 @@ class Job:
     def _agree_on_data(self) -> None:
         """Ranks read files of their own: another text, tokenizer or length would end in steps that do not match."""
         mine = {
+            "start of the model": self.start.mark(),
             **self.data.to_agree_on(),
             "number of steps": [self.args.max_steps, self.args.train_tokens],
             "batch": [self.micro, self.accumulation, self.args.seq_len, self.args.seed],
         }
-        agree_on(mine, "Give every rank the same --data, --tokenizer, --cache and flags.")
+        agree_on(mine, "Give every rank the same --model, --data, --tokenizer, --cache and flags.")
 
     def _number_of_steps(self) -> int:
         """In all: as many as are asked for, or as the tokens that are left of --train-tokens, or of an epoch, make."""
@@ -317,7 +336,7 @@ class Job:
         """What ``rso-ds memory`` says about this run."""
         is_rso = hasattr(self.engine, "rso")
         accountant = Accountant(
-            model_builder(self.engine.module.config),
+            model_builder(self.engine.module.config, self.args.trust_remote_code),
             self.engine.rso.config if is_rso else RSOConfig(),
             Engine.from_json(self.ds_json, self.context.world_size),
             self.args.gradient_checkpointing,
@@ -350,7 +369,7 @@ class Job:
             from transformers import AutoModelForCausalLM
 
             prompt = self.args.prompt or str(self.tokenizer.decode(self.data.beginning(16)))
-            model = AutoModelForCausalLM.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=self.args.trust_remote_code)
             text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
             self.display.say(f"--- sample\n{text}\n---")
         if self.held_out is not None:
@@ -370,7 +389,7 @@ class Job:
             "seed": args.seed,
         }  # fmt: skip
         scores = {} if self.held_out is None else validation(loss)
-        base = None if args.model in LLAMA_SHAPES or args.init == "random" else args.model
+        base = None if begins_random(args.model, args.init) else args.model
         rso = self.engine.rso.config if hasattr(self.engine, "rso") else None
         write_card(folder, {"shape": args.model, **recipe} if base is None else recipe, scores, rso, base)
 
