@@ -84,7 +84,7 @@ def test_another_optimizer_needs_a_rate(tmp_path):
         ({"learning_rate": 1e-3}, 1e-3, 4e-3),
         ({"set": ["optimizer.params.dense_lr=0.5"]}, 4e-3, 0.5),
         ({"set": ["optimizer.params.dense_lr=null"]}, 4e-3, None),
-        ({"model": "gpt2"}, 4e-3, None),  # may have weights, which a high rate would spoil
+        ({"model": "gpt2"}, 1e-3, None),  # may have weights, which a high rate would spoil
         ({"model": "gpt2", "init": "random"}, 4e-3, 1.6e-2),
         ({"model": "llama-9m", "init": "auto"}, 4e-3, 1.6e-2),
     ],
@@ -106,7 +106,7 @@ def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
         (500, {"set": ["optimizer.params.dense_lr=1e-2"]}, (50, 2e-3, 1e-2)),
         (500, {"set": ["optimizer.params.dense_lr=null"]}, (10, 4e-3, None)),  # one rate for all does not bear 50
         (500, {"learning_rate": 3e-3}, (10, 3e-3, 1.2e-2)),  # nor does any rate
-        (500, {"model": "gpt2"}, (10, 4e-3, None)),  # fine-tuning
+        (500, {"model": "gpt2"}, (10, 1e-3, None)),  # fine-tuning
     ],
 )
 def test_interval_and_rates_of_a_long_run(steps, flags, expected):

@@ -181,8 +181,8 @@ def follow(scheduler: Any, changed: bool) -> None:
         scheduler.step(scheduler.last_batch_iteration)
     elif changed:
         raise RSOConfigError(
-            f"scheduler.type {type(scheduler).__name__} of the DeepSpeed JSON is torch's, which keeps its own length and"
-            " rates: resume with the same number of steps and lr, or with another schedule."
+            f"scheduler.type {type(scheduler).__name__} of the DeepSpeed JSON is torch's, which keeps its own length"
+            " and rates: resume with the same number of steps and lr, or with another schedule."
         )
 
 
