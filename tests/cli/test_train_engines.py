@@ -19,6 +19,7 @@ from support.progress import end_of
 from support.train_ranks import run
 from support.train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
 
+from rso_ds import defaults
 from rso_ds.checkpoint.export import export_dense
 from rso_ds.checkpoint.transaction import read_checkpoint
 
@@ -78,7 +79,7 @@ def test_every_step_has_the_rates_of_the_schedule(space, finished, name):
     """From the first step on, for B and what trains densely: 3 steps of warm-up, 6 at the peak, 3 that go to 0."""
     assert finished[name].returncode == 0
     shares = [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
-    peaks = [1e-3] if name == "ddp-adamw" else [4e-3, 1.6e-2]
+    peaks = [defaults.ADAMW_LR] if name == "ddp-adamw" else [defaults.RANDOM_SHORT.lr, defaults.RANDOM_SHORT.dense_lr]
     assert rates(space, name) == [pytest.approx([peak * share for peak in peaks], rel=1e-12) for share in shares]
 
 

@@ -200,7 +200,7 @@ def test_the_block_of_the_json_is_kept_and_its_empty_steps_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("params", "rates"),
     [
-        ({}, (4e-3, 1.6e-2)),
+        ({}, (defaults.RANDOM_SHORT.lr, defaults.RANDOM_SHORT.dense_lr)),
         ({"lr": 1e-3}, (1e-3, None)),
         ({"lr": 1e-3, "dense_lr": 3e-3}, (1e-3, 3e-3)),
     ],
