@@ -30,7 +30,7 @@ def start(*command: str) -> str:
 def learns(output: str) -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
     assert len(losses) == 4
-    assert losses[0] > 3 > 1 > losses[-1]
+    assert losses[0] > 1 > 0.1 > losses[-1]
     assert re.findall(r"subspace (\d+)", output) == ["1", "2", "3", "4"]
 
 

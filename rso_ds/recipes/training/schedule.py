@@ -205,7 +205,7 @@ def check_rates(ds_json: Mapping[str, Any], schedule: Schedule | None, first: in
             " above 0 (--learning-rate), or a schedule that has one at these steps (--lr-schedule, --final-lr,"
             " --resume-schedule, or the JSON's 'scheduler')."
         )
-    text = f"{ds_json['optimizer']['type']}: {rates}; schedule: {whose}"
+    text = f"learning rates of {ds_json['optimizer']['type']}: {rates}; schedule: {whose}"
     if still:
         text += f"\nThe first {still} steps have no learning rate by that schedule, and train nothing."
     return text
