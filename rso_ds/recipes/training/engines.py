@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,22 +16,31 @@ from rso_ds.errors import RSOConfigError
 from rso_ds.models import Start
 from rso_ds.recipes.training.arguments import TrainArguments
 from rso_ds.recipes.training.native_checkpoints import NativeCheckpoints
+from rso_ds.recipes.training.schedule import Schedule, ScheduledRates
 from rso_ds.solvers.groups import decay_groups
 
 
-def build_engine(args: TrainArguments, ds_json: dict[str, Any], start: Start, rows: int, context: RankContext) -> Any:
+def build_engine(
+    args: TrainArguments,
+    ds_json: dict[str, Any],
+    start: Start,
+    rows: int,
+    context: RankContext,
+    schedule: Schedule | None = None,
+) -> Any:
     """A DeepSpeed engine, or a ``TorchEngine`` with the same methods, around the model of ``start`` with embeddings for
-    ``rows`` tokens. ``ds_json`` has no "auto" left.
+    ``rows`` tokens. ``ds_json`` has no "auto" left. Without a ``schedule`` the engine takes that of the JSON's
+    "scheduler" block.
 
     The engine has ``checkpoints`` (``Checkpointer``), ``traffic`` (``CommCounter``), and ``rso`` (``Boundary``)
     where the JSON selects RSO.
     """
     if args.engine == "deepspeed":
-        engine = _deepspeed_engine(args, ds_json, start, rows)
+        engine = _deepspeed_engine(args, ds_json, start, rows, schedule)
     else:
         from rso_ds.recipes.training.torch_engine import TorchEngine
 
-        engine = TorchEngine(_model(args, start, rows), ds_json, args.engine, context, args.replicas)
+        engine = TorchEngine(_model(args, start, rows), ds_json, args.engine, context, args.replicas, schedule)
     limit_waiting(timedelta(seconds=args.timeout))
     engine.traffic.learn_nodes()
     return engine
@@ -44,7 +54,9 @@ def _model(args: TrainArguments, start: Start, rows: int) -> nn.Module:
     return model
 
 
-def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], start: Start, rows: int) -> Any:
+def _deepspeed_engine(
+    args: TrainArguments, ds_json: dict[str, Any], start: Start, rows: int, schedule: Schedule | None
+) -> Any:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -62,7 +74,12 @@ def _deepspeed_engine(args: TrainArguments, ds_json: dict[str, Any], start: Star
         )
     decay = float(ds_json["optimizer"]["params"].get("weight_decay", 0.0))
     initialize = initialize_rso if is_rso else deepspeed.initialize
-    engine, *_ = initialize(model=model, model_parameters=decay_groups(model, decay), config=ds_json)
+    engine, *_ = initialize(
+        model=model,
+        model_parameters=decay_groups(model, decay),
+        config=ds_json,
+        lr_scheduler=None if schedule is None else partial(ScheduledRates, schedule=schedule),
+    )
     del keep_alive
     if not is_rso:
         count_traffic(engine)

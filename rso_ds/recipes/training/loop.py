@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -31,12 +32,13 @@ from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.training.arguments import TrainArguments
 from rso_ds.recipes.training.data import prepare
 from rso_ds.recipes.training.engines import build_engine
-from rso_ds.recipes.training.fill_json import batch_sizes, fill
+from rso_ds.recipes.training.fill_json import batch_sizes, fill, recipe_of
 from rso_ds.recipes.training.held_out import held_out_loss, perplexity, sample
-from rso_ds.recipes.training.metrics import Display, MetricsFile, Waits, per_step, traffic_summary, validation
+from rso_ds.recipes.training.metrics import Display, MetricsFile, Waits, per_step, rates_of, traffic_summary, validation
 from rso_ds.recipes.training.model_card import write_card
 from rso_ds.recipes.training.monitor import Monitor, check_monitors
 from rso_ds.recipes.training.resume import FORMAT, changed_settings, check_same_run, find_resume_point
+from rso_ds.recipes.training.schedule import Schedule, ScheduleShape, check_rates, follow, shape
 from rso_ds.recipes.training.signals import EXIT_REQUEUE, Interruption
 from rso_ds.recipes.training.steps import StepSync, StepWatch
 
@@ -79,7 +81,11 @@ class Job:
         self.schedule_steps = self.steps
         if self.point is not None and args.resume_schedule == "continue":
             self.schedule_steps = int(self.point.run["schedule_steps"])
-        self.ds_json = fill(ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps)
+        before = {} if self.point is None else {"lr": self.point.run["lr"], **self.point.run.get("recipe", {})}
+        self.ds_json = fill(
+            ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps, before
+        )
+        self._choose_schedule()
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
         if args.profile_memory and args.engine != "deepspeed":
@@ -90,7 +96,8 @@ class Job:
         position = None if self.point is None else self.point.position
         self.batches = self.data.batches(shape, position, context.device)
         try:
-            self.engine = build_engine(args, self.ds_json, self.start, self._rows(self.tokenizer), context)
+            rows = self._rows(self.tokenizer)
+            self.engine = build_engine(args, self.ds_json, self.start, rows, context, self.schedule)
             self._resume()
             agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
         except BaseException:
@@ -131,8 +138,24 @@ class Job:
             **self.data.to_agree_on(),
             "number of steps": [self.args.max_steps, self.args.train_tokens],
             "batch": [self.micro, self.accumulation, self.args.seq_len, self.args.seed],
+            "schedule": [getattr(self.args, key) for key in ("lr_schedule", "warmup", "decay_share", "final_lr")],
         }
         agree_on(mine, "Give every rank the same --model, --data, --tokenizer, --cache and flags.")
+
+    def _choose_schedule(self) -> None:
+        """Ours, unless the JSON has one, with the settings that ``config.yaml`` shows."""
+        args = self.args
+        self.schedule: Schedule | None = None
+        self.shape: ScheduleShape | None = None
+        if "scheduler" not in self.ds_json:
+            before = None if self.point is None else self.point.run.get("schedule")
+            self.shape = shape(args.lr_schedule, args.warmup, args.decay_share, args.final_lr, before)
+            self.schedule = self.shape.of_length(self.schedule_steps)
+            chosen = dataclasses.asdict(self.shape)
+            self.args = dataclasses.replace(args, lr_schedule=chosen.pop("kind"), **chosen)
+        lines = check_rates(self.ds_json, self.schedule, self.first_step + 1, self.steps)
+        if self.context.rank == 0:
+            print(lines, flush=True)
 
     def _number_of_steps(self) -> int:
         """In all: as many as are asked for, or as the tokens that are left of --train-tokens, or of an epoch, make."""
@@ -163,7 +186,9 @@ class Job:
     def _about_run(self) -> dict[str, Any]:
         """What a resumed run is compared with."""
         lengths = {"steps": self.steps, "planned": self.planned, "schedule_steps": self.schedule_steps}
-        return {"format": FORMAT, **self.data.identity, **self._order(), **lengths, "lr": self._peak_rate()}
+        schedule = None if self.shape is None else dataclasses.asdict(self.shape)
+        rates = {"lr": self._peak_rate(), "recipe": recipe_of(self.ds_json), "schedule": schedule}
+        return {"format": FORMAT, **self.data.identity, **self._order(), **lengths, **rates}
 
     def _peak_rate(self) -> float:
         return float(self.ds_json["optimizer"]["params"]["lr"])
@@ -176,11 +201,10 @@ class Job:
         path, _ = self.engine.checkpoints.load(point.folder, point.tag)
         if self.context.rank == 0:
             print(f"--resume {point.wanted}: continuing from {path}, after step {point.step}", flush=True)
-        if (point.run["schedule_steps"], point.run["lr"]) != (self.schedule_steps, self._peak_rate()):
-            # The rate of the next step is in the checkpoint, by the old schedule.
-            schedule = getattr(self.engine, "lr_scheduler", None) or getattr(self.engine, "scheduler", None)
-            if schedule is not None:
-                schedule.step(schedule.last_batch_iteration)
+        scheduler = getattr(self.engine, "lr_scheduler", None) or getattr(self.engine, "scheduler", None)
+        changed = (point.run["schedule_steps"], point.run["lr"]) != (self.schedule_steps, self._peak_rate())
+        if scheduler is not None:
+            follow(scheduler, changed)
 
     def _save(self, step: int, score: float) -> None:
         background = {"wait": False} if self.args.async_save else {}
@@ -231,7 +255,7 @@ class Job:
         sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
-            lr = engine.optimizer.param_groups[0]["lr"]
+            rates = rates_of(engine.optimizer)
             last = step == self.steps
             evaluate = self.held_out is not None and (
                 last or (args.eval_interval > 0 and step % args.eval_interval == 0)
@@ -249,7 +273,7 @@ class Job:
                 record = {
                     "step": step,
                     "loss": watch.window(),
-                    "lr": lr,
+                    **rates,
                     "tokens": self._tokens_by(step),
                     "tokens_per_second": taken * self.tokens_per_step / elapsed,
                     "comm_bytes": per_step(engine.traffic.by_kind(), sent, taken),
