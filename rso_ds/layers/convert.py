@@ -251,6 +251,9 @@ def _shared_input(model: nn.Module, members: list[str], config: RSOConfig) -> Sh
     return shared
 
 
+_HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_", "_backward_", "_is_full_backward"))]
+
+
 def _replacement(
     old: Ordinary,
     shape: tuple[int, int],
@@ -277,6 +280,9 @@ def _replacement(
         layer = RSOLinear(weight, bias, in_features, out_features, subspace, shared, kind == "conv1d", B)
         layer.take_the_place_of(old)
         pass_on(old, layer)
+    if isinstance(old, nn.Module):
+        for key in _HOOKS:  # those of the caller: their handles still remove them
+            layer.__dict__[key] = old.__dict__[key]
     layer.form, layer.converted_with = form, config
     layer.train(old.training)
     return layer
