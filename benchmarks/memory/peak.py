@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rso_ds.planning.memory.trace import LiveBytes
+from rso_ds.planning.memory.live import LiveBytes
 
 
 class Peak:

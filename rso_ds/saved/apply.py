@@ -180,7 +180,8 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.update(zip(self._lean["names"], args, strict=False))
     # What neither the blocks nor the lean loss know is for the stock loss: ignore_index, for one.
     unknown = set(kwargs) - self._lean["known"]
-    wants_logits = kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False or unknown
+    some = kwargs.get("logits_to_keep")
+    wants_logits = isinstance(some, Tensor) or some or kwargs.get("return_dict") is False or unknown
     no_labels = kwargs.get("labels") is None and kwargs.get("shift_labels") is None
     if not self.training or no_labels or wants_logits:
         return self._lean_stock.forward(self, **kwargs)

@@ -25,10 +25,11 @@ def chunk_rows(tokens: int, hidden: int, vocab: int) -> int:
     return min(tokens, max(MIN_CHUNK, -(-tokens * hidden // vocab)))
 
 
-def chunks(tokens: int, hidden: int, vocab: int) -> list[slice]:
-    """One slice of ``range(tokens)`` for each chunk; all but the last are of equal length."""
-    rows = chunk_rows(tokens, hidden, vocab)
-    return [slice(start, start + rows) for start in range(0, tokens, rows)]
+def chunks(tokens: int, hidden: int, vocab: int, batch: int = 1) -> list[slice]:
+    """One slice of ``range(tokens // batch)`` for each chunk; all but the last are of equal length. ``batch``: of as
+    many sequences of ``tokens`` in all, each gives a chunk its share."""
+    rows = max(1, chunk_rows(tokens, hidden, vocab) // batch)
+    return [slice(start, start + rows) for start in range(0, tokens // batch, rows)]
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -15,14 +15,21 @@ _TRACES: dict[Any, Any] = {}
 @contextmanager
 def remembered_traces() -> Iterator[None]:
     """Within it a trace that one ``Accountant`` has made is taken over by all that would make the same."""
-    whole = Accountant._traced
 
-    def traced(self: Accountant, *how: Any) -> Any:
-        (model,) = (cell.cell_contents.to_json_string() for cell in self.build.__closure__)  # of ``model_builder``
-        key = (model, self.engine.kind, self.engine.precision, self.checkpointing, repr(self.config), *how)
-        if key not in _TRACES:
-            _TRACES[key] = whole(self, *how)
-        return _TRACES[key]
+    def remembering(name: str) -> Any:
+        whole = getattr(Accountant, name)
 
-    with mock.patch.object(Accountant, "_traced", traced):
+        def traced(self: Accountant, *how: Any) -> Any:
+            (model,) = (cell.cell_contents.to_json_string() for cell in self.build.__closure__)  # of ``model_builder``
+            key = (name, model, self.engine.kind, self.engine.precision, self.checkpointing, repr(self.config), *how)
+            if key not in _TRACES:
+                _TRACES[key] = whole(self, *how)
+            return _TRACES[key]
+
+        return traced
+
+    with (
+        mock.patch.object(Accountant, "_traced", remembering("_traced")),
+        mock.patch.object(Accountant, "_evaluated", remembering("_evaluated")),
+    ):
         yield

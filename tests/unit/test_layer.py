@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import rso_ds
 from rso_ds.engines.replicated import ReplicatedLayout
 from rso_ds.layers import merge_, merged_weight, subspace_linear
-from rso_ds.planning.memory.trace import LiveBytes
+from rso_ds.planning.memory.live import LiveBytes
 from rso_ds.weights import merge, outer_momentum
 from rso_ds.weights.masters import WeightMasters
 

@@ -12,8 +12,9 @@ import rso_ds
 from rso_ds.cli import main
 from rso_ds.planning.memory.account import CARDS, GIB, Accountant, model_builder
 from rso_ds.planning.memory.kept import KeptRecorder
+from rso_ds.planning.memory.live import LiveBytes
 from rso_ds.planning.memory.states import Engine
-from rso_ds.planning.memory.trace import LiveBytes, split, trace_training
+from rso_ds.planning.memory.trace import split, trace_training
 
 transformers = pytest.importorskip("transformers")
 from rso_ds.models import LLAMA_SHAPES, llama_config  # noqa: E402

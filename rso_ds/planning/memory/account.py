@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,22 +16,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.planning.memory.kept import by_kind
+from rso_ds.planning.memory.largest import largest, learned_positions
+from rso_ds.planning.memory.layer_work import LayerWork, layer_work
 from rso_ds.planning.memory.methods import Method, method
+from rso_ds.planning.memory.moments import Phase, Work, phases
 from rso_ds.planning.memory.states import Engine, Sizes, state_bytes
-from rso_ds.planning.memory.trace import Trace, block_names, trace_training
+from rso_ds.planning.memory.trace import Trace, block_names, trace_evaluation, trace_training
 from rso_ds.units import GIB
 
 # Memory that a program can really use on cards of 24, 40, 80 and 141 GB, in bytes.
 CARDS = {"24 GB": int(23.5 * GIB), "40 GB": int(39.4 * GIB), "80 GB": int(78.5 * GIB), "141 GB": int(139.0 * GIB)}
 # CUDA context, NCCL, cuBLAS workspaces; and what the allocator cannot use for fragmentation.
 RESERVE, FRAGMENTATION = GIB, 0.05
-TRACED_BLOCKS = 4
-SETTLED = 0.005  # of an answer: what another trace would hardly move
+TRACED_BLOCKS, EVALUATED_BLOCKS = 4, 2  # (an evaluation keeps nothing of a block)
 
 
 @dataclass
 class Account:
-    """Bytes of one rank under one method. ``missing`` says what could not be counted, and why."""
+    """Bytes of one rank under one method. ``phases``: what it holds in each phase of a run, the largest of which it
+    needs; ``device``, ``host`` and ``activations`` are the parts, which are not all there at once. ``missing`` says
+    what could not be counted, and why."""
 
     method: str
     device: dict[str, int]
@@ -40,12 +43,24 @@ class Account:
     activations: dict[str, int]
     trace: Trace | None
     note: str = ""
+    phases: dict[str, Phase] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        """Bytes on the device, without reserve and fragmentation."""
+        """Bytes on the device in the largest phase, without reserve and fragmentation; of what could be counted."""
+        if self.phases:
+            return max(phase.device for phase in self.phases.values())
         return sum(self.device.values()) + sum(self.activations.values())
+
+    @property
+    def largest_phase(self) -> str | None:
+        return max(self.phases, key=lambda name: self.phases[name].device) if self.phases else None
+
+    @property
+    def host_total(self) -> int:
+        """Bytes of the rank in host memory, in the phase that takes most of it."""
+        return max((phase.host for phase in self.phases.values()), default=sum(self.host.values()))
 
     @property
     def needed(self) -> int:
@@ -61,6 +76,8 @@ class Account:
             "device_bytes": self.device,
             "host_bytes": self.host,
             "activation_bytes": self.activations,
+            "phase_bytes": {name: {"device": p.device, "host": p.host} for name, p in self.phases.items()},
+            "largest_phase": self.largest_phase,
             "total_bytes": self.total,
             "needed_bytes": self.needed,
             "fits": self.fits(),
@@ -85,7 +102,16 @@ class Accountant:
     ) -> None:
         self.build, self.config, self.engine, self.checkpointing = build, config, engine, checkpointing
         self.traced = cache(self._traced)
+        self.evaluated = cache(self._evaluated)
         self.sizes = cache(self._sizes)
+        self.layers = cache(self._layer_work)
+
+    def recomputing(self) -> Accountant:
+        """The same with gradient checkpointing. What does not depend on it is not traced again."""
+        other = copy.copy(self)
+        other.checkpointing = True
+        other.traced = cache(other._traced)
+        return other
 
     def under(self, engine: Engine) -> Accountant:
         """The same model sharded otherwise, in the same precision; it is neither counted nor traced again."""
@@ -103,6 +129,8 @@ class Accountant:
         """
         chosen = method(name, self.config)
         result = Account(chosen.name, {}, {}, {}, None, chosen.note)
+        if self.limit is not None and seq_len > self.limit:
+            raise RSOConfigError(f"--seq-len {seq_len} exceeds the model's {self.limit} positions.")
         try:
             result.device, result.host = self.states(name)
         except RSOError:
@@ -112,18 +140,29 @@ class Accountant:
             return result
         try:
             result.trace = self.traced(name, micro_batch, seq_len)
+            evaluation = self.evaluated(name, micro_batch, seq_len)
         except Exception as error:
             result.missing.append(f"activations: the model cannot be traced ({type(error).__name__}: {error})")
             return result
         result.activations = _activation_lines(result.trace)
+        work = Work(result.trace, evaluation, self.layers(name, *self._merging()))
+        states = {"device": result.device, "host": result.host}
+        result.phases = phases(self.sizes(name)[0], self.engine, states, work, boundary=name == "rso")
         return result
 
     def largest(self, name: str, cards: Sequence[int], micro_batch: int, seq_len: int) -> list[tuple[int, int]]:
         """For each of ``cards``, bytes in ascending order: (largest micro batch at ``seq_len``, longest
-        sequence at ``micro_batch``) that fit; 0 where none does. Sequences are counted in steps of 64."""
-        batches = _largest(lambda n: self.account(name, n, seq_len).needed, cards, micro_batch, 1)
-        lengths = _largest(lambda n: self.account(name, micro_batch, n).needed, cards, seq_len, 64)
+        sequence at ``micro_batch``) that fit; 0 where none does. Sequences are counted in steps of 64, up to the
+        positions that the model has."""
+        batches = largest(lambda n: self.account(name, n, seq_len).needed, cards, micro_batch)
+        lengths = largest(lambda n: self.account(name, micro_batch, n).needed, cards, seq_len, 64, self.limit)
         return list(zip(batches, lengths, strict=True))
+
+    @cached_property
+    def limit(self) -> int | None:
+        """The longest sequence that the model can take; None where nothing bounds it but memory."""
+        with FakeTensorMode():
+            return learned_positions(self.build(torch.bfloat16, 1))
 
     def _model(self, chosen: Method, blocks: int | None = None) -> nn.Module:
         model = self.build(torch.bfloat16 if self.engine.itemsize == 2 else torch.float32, blocks)
@@ -146,38 +185,42 @@ class Accountant:
         return places["device"], places["host"]
 
     def _traced(self, name: str, micro_batch: int, seq_len: int) -> Trace:
-        chosen = method(name, self.config)
-        low = self.engine.kind == "fsdp2" and self.engine.precision != "fp32"
-        autocast = torch.bfloat16 if self.engine.precision == "autocast" and not low else None
-        _, blocks = self.sizes(name)
-        cut = TRACED_BLOCKS if blocks > TRACED_BLOCKS else None
+        blocks = self.sizes(name)[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return trace_training(
-                lambda: self._model(chosen, cut), micro_batch, seq_len, autocast, self.checkpointing, blocks
-            )
+            return trace_training(self._cut(name), micro_batch, seq_len, self._autocast, self.checkpointing, blocks)
 
+    def _evaluated(self, name: str, micro_batch: int, seq_len: int) -> dict[str, int]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return trace_evaluation(self._cut(name, EVALUATED_BLOCKS), micro_batch, seq_len, self._autocast)
 
-def _largest(need: Callable[[int], int], cards: Sequence[int], start: int, unit: int) -> list[int]:
-    """For each card the largest multiple of ``unit`` whose need is at most its size, to within a percent or so.
+    def _cut(self, name: str, most: int = TRACED_BLOCKS) -> Callable[[], nn.Module]:
+        """Builds the model of method ``name`` with ``most`` blocks, if it has more."""
+        chosen, blocks = method(name, self.config), self.sizes(name)[1]
+        return lambda: self._model(chosen, most if blocks > most else None)
 
-    Activations grow almost in proportion to the tokens (attention has no materialised mask), so a line
-    through two points, drawn again through each answer, settles at once; the next card's begins with this one's.
-    """
-    here, size = need(start), 2 * start
-    found = []
-    for card in cards:
-        for _ in range(3):
-            slope = (need(size) - here) / (size - start)
-            best = start + math.floor((card - here) / slope)
-            settled = abs(best - size) <= SETTLED * size
-            if best < unit or best == start:
-                break
-            size = best
-            if settled:
-                break
-        found.append(max(0, best) // unit * unit)
-    return found
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        low = self.engine.kind == "fsdp2" and self.engine.precision != "fp32"
+        return torch.bfloat16 if self.engine.precision == "autocast" and not low else None
+
+    def _merging(self) -> tuple[int, bool]:
+        """(ranks that divide the rows of a W to merge it, whether each holds W whole)."""
+        whole = self.engine.kind == "zero" and self.engine.stage < 3
+        return self.engine.gpus if not whole or self.config.master_weights != "none" else 1, whole
+
+    def _layer_work(self, name: str, share: int, whole: bool) -> LayerWork:
+        if name != "rso":
+            return LayerWork()
+        with FakeTensorMode():
+            model = self._model(method(name, self.config))
+            return layer_work(model, self.config, share, whole, self._b_dtype)
+
+    @property
+    def _b_dtype(self) -> torch.dtype:
+        low = self.engine.kind == "zero" and self.engine.itemsize == 2
+        return torch.bfloat16 if low else torch.float32
 
 
 def model_builder(hf_config: Any, trust_remote_code: bool = False) -> Callable[[torch.dtype, int | None], nn.Module]:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> str:
         plot(Path(args.plot), title, accounts)
     if args.json:
         return json.dumps(json_report(title, accounts, largest), indent=2)
-    return text_report(title, accounts, largest)
+    return text_report(title, accounts, largest, accountant.limit)
 
 
 def read_rso_json(path: str, flag: str = "--deepspeed") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where the bytes of a running DeepSpeed engine are, by unique storage."""
+"""Where the bytes of a running engine, DeepSpeed's or FSDP2's, are, by unique storage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rso_ds.boundary import Boundary
 from rso_ds.layers import rso_layers
@@ -29,6 +30,7 @@ def split_of_state(engine: Any) -> dict[str, int]:
 
     def claim(kind: str, tensors: Iterable[Any]) -> None:
         for tensor in tensors:
+            tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 key = storage._cdata

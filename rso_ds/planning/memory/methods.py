@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,14 +88,12 @@ def _count_rso(model: nn.Module) -> Sizes:
         P = layer.projection()
         p += P.numel() * P.element_size()
     base = _count_dense(model)
-    return Sizes(
-        frozen=base.frozen,
+    return replace(
+        base,
         subspace=b,
         dense=base.dense - b,
         projection_bytes=p,
-        largest_block=base.largest_block,
-        block_trained=base.block_trained,
-        numels=base.numels,
+        layer=max(layer.weight.numel() + layer.B.numel() for layer in layers),
         w=sum(layer.weight.numel() for layer in layers),
     )
 
@@ -103,15 +101,28 @@ def _count_rso(model: nn.Module) -> Sizes:
 def _count_dense(model: nn.Module) -> Sizes:
     params = list(model.parameters())
     names = block_names(model)
-    block = list(model.get_submodule(names[0]).parameters()) if names else params
+    blocks = [model.get_submodule(name) for name in names] or [model]
+    in_blocks = {id(p) for block in blocks for p in block.parameters()} if names else set()
+    root = [p for p in params if id(p) not in in_blocks]
+    largest = max(blocks, key=lambda block: _numel(block.parameters()))
+    head = model.get_output_embeddings()  # type: ignore[operator]
     return Sizes(
-        frozen=sum(p.numel() for p in params if not p.requires_grad),
+        frozen=_numel(p for p in params if not p.requires_grad),
         subspace=0,
-        dense=sum(p.numel() for p in params if p.requires_grad),
-        largest_block=sum(p.numel() for p in block),
-        block_trained=sum(p.numel() for p in block if p.requires_grad),
+        dense=_numel(p for p in params if p.requires_grad),
+        largest_block=_numel(largest.parameters()),
+        block_trained=_numel(p for p in largest.parameters() if p.requires_grad),
         numels=tuple(p.numel() for p in params),
+        root=_numel(root),
+        root_trained=_numel(p for p in root if p.requires_grad),
+        head=0 if head is None else _numel(head.parameters()),
+        block_module=max(_numel(m.parameters(recurse=False)) for b in blocks for m in b.modules()),
+        largest_frozen=max((p.numel() for p in params if not p.requires_grad), default=0),
     )
+
+
+def _numel(params: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in params)
 
 
 def _adapt(model: nn.Module, config: RSOConfig) -> None:

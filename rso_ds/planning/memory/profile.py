@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rso_ds.planning.memory.account import GIB, Account
 from rso_ds.planning.memory.kept import KeptRecorder, by_kind
+from rso_ds.planning.memory.live import LiveBytes
 from rso_ds.planning.memory.measured import split_of_state
-from rso_ds.planning.memory.trace import LiveBytes
 
 
 @dataclass
@@ -78,6 +78,10 @@ class StepProfiler:
             result.source = "storages made by torch"
 
 
+def _step(modelled: Account) -> int:
+    return modelled.phases["training"].device if modelled.phases else modelled.total
+
+
 def comparison(measured: Measurement, modelled: Account) -> dict[str, Any]:
     """Model and measurement side by side, in bytes; ``error`` is (model - measured) / measured."""
     kept = 0 if modelled.trace is None else modelled.trace.kept
@@ -88,7 +92,7 @@ def comparison(measured: Measurement, modelled: Account) -> dict[str, Any]:
     pairs = {
         "kept for backward": (kept, measured.kept_total),
         "weights, P, solver state, masters": (held, sum(state.values())),
-        "peak of the step": (modelled.total, measured.peak),
+        "peak of the step": (_step(modelled), measured.peak),
     }
     if modelled.trace is None or modelled.trace.checkpointing:
         del pairs["kept for backward"]  # the hooks do not see what checkpointing holds
@@ -96,6 +100,24 @@ def comparison(measured: Measurement, modelled: Account) -> dict[str, Any]:
         name: {"model": model, "measured": real, "error": (model - real) / real if real else None}
         for name, (model, real) in pairs.items()
     }
+
+
+def phase_comparison(measured: dict[str, int], modelled: Account, on_gpu: bool) -> dict[str, Any]:
+    """Phase -> the peak by the model and as measured, in bytes. On a CPU a rank has one memory for both."""
+    found = {}
+    for name, phase in modelled.phases.items():
+        if name in measured:
+            model, real = phase.device if on_gpu else phase.together, measured[name]
+            found[name] = {"model": model, "measured": real, "error": (model - real) / real if real else None}
+    return found
+
+
+def phase_report(compared: dict[str, Any]) -> str:
+    lines = [f"peaks by phase on rank 0, GiB {'model':>20} {'measured':>9} {'error':>8}"]
+    for name, row in compared.items():
+        error = "" if row["error"] is None else f"{row['error']:+8.1%}"
+        lines.append(f"  {name:<40} {row['model'] / GIB:9.4f} {row['measured'] / GIB:9.4f} {error}")
+    return "\n".join(lines)
 
 
 def report(measured: Measurement, modelled: Account) -> tuple[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ from rso_ds.planning.memory.account import CARDS, FRAGMENTATION, GIB, RESERVE, A
 Largest = dict[str, tuple[int, int]]
 
 
-def text_report(title: str, accounts: Sequence[Account], largest: Largest) -> str:
-    """The table that ``rso-ds memory`` prints: the first account line by line, all of them in total."""
+def text_report(title: str, accounts: Sequence[Account], largest: Largest, limit: int | None = None) -> str:
+    """The table that ``rso-ds memory`` prints: the first account line by line, all of them in total. ``limit``: of the
+    model's positions, if it has one."""
     first = accounts[0]
     lines = [title, "", f"{first.method}, one rank, GiB on the device{_on_host(first.host)}"]
     for name, size in first.device.items():
@@ -23,8 +24,9 @@ def text_report(title: str, accounts: Sequence[Account], largest: Largest) -> st
     if first.activations:
         lines.append(f"  {'activations':<50} {_gib(sum(first.activations.values()))}")
         lines += [f"    {name:<48} {_gib(size)}" for name, size in first.activations.items()]
+    lines += _phase_lines(first)
     lines += [
-        f"  {'total':<50} {_gib(first.total)}",
+        f"  {_total_name(first):<50} {_gib(first.total)}",
         f"  {f'with {FRAGMENTATION:.0%} fragmentation and {RESERVE / GIB:.0f} GiB reserve':<50} {_gib(first.needed)}",
         "",
         f"{'':<10} {'weights':>9} {'B, P':>9} {'gradients':>9} {'solver':>9} {'buffers':>9} {'activat.':>9}"
@@ -36,13 +38,15 @@ def text_report(title: str, accounts: Sequence[Account], largest: Largest) -> st
             continue
         groups = (
             d["weights"], d["B or adapters"] + d["P"], d["gradients"], d["solver state"] + d["fp32 masters"],
-            d["communication"], sum(account.activations.values()), account.total, sum(account.host.values()),
+            d["communication"], sum(account.activations.values()), account.total, account.host_total,
         )  # fmt: skip
         fits = ", ".join(card for card, ok in account.fits().items() if ok) or "none of " + ", ".join(CARDS)
         lines.append(f"{account.method:<10} " + " ".join(_gib(g) for g in groups) + f"   {fits}")
     lines += [f"  {a.method}: {a.note}" for a in accounts if a.note]
     for card, (batch, seq) in largest.items():
         lines.append(f"  {first.method} in {card}: micro batch up to {batch:,}, or sequences up to {seq:,}")
+    if limit is not None and any(seq > limit // 64 * 64 - 64 for _, seq in largest.values()):
+        lines.append(f"  (the model has {limit:,} positions, and no sequence can be longer)")
     for account in accounts:
         lines += [f"  NOT COUNTED {reason}" for reason in account.missing]
     return "\n".join(lines)
@@ -90,6 +94,17 @@ def plot(path: Path, title: str, accounts: Sequence[Account]) -> None:
     except (OSError, ValueError) as error:
         raise RSOConfigError(f"--plot {path} cannot be written: {error}") from None
     pyplot.close(figure)
+
+
+def _phase_lines(account: Account) -> list[str]:
+    if not account.phases:
+        return []
+    lines = [f"  {'the most at once, in each phase of a run':<50} {'device':>9}   {'host':>9}"]
+    return lines + [f"    {name:<48} {_gib(p.device)}   {_gib(p.host)}" for name, p in account.phases.items()]
+
+
+def _total_name(account: Account) -> str:
+    return f"total: {account.largest_phase}, the largest" if account.phases else "total"
 
 
 def _gib(size: float) -> str:

@@ -21,7 +21,9 @@ class Sizes:
     ``frozen``: W and whatever else does not train. ``subspace``: B of RSO, adapters of LoRA. ``dense``: all
     other trained parameters. ``projection_bytes``: P of every layer. ``solver``: elements of Adam's moments
     of one kind (equal to what trains, except for GaLore). ``largest_block``: parameters of one transformer
-    block, of which ``block_trained`` train; ``numels``: of each tensor.
+    block, of which ``block_trained`` train; ``root``, ``root_trained``: of all that is in no block. ``head``: of the
+    output layer; ``block_module``, ``layer``: the most of one module in a block, of one RSO layer; ``saved``: the
+    dense model that is written; ``numels``: of each tensor, ``largest_frozen`` the most of one that does not train.
     """
 
     frozen: int
@@ -32,7 +34,21 @@ class Sizes:
     largest_block: int = 0
     block_trained: int = 0
     numels: tuple[int, ...] = ()
+    root: int = 0
+    root_trained: int = 0
+    head: int = 0
+    block_module: int = 0
+    layer: int = 0
+    largest_frozen: int = 0
     w: int = 0  # elements of RSO's W, of which ``master_weights`` keeps fp32 copies
+
+    @property
+    def largest(self) -> int:
+        return max(self.numels, default=0)
+
+    @property
+    def saved(self) -> int:
+        return self.frozen + self.dense
 
     @property
     def trained(self) -> int:
@@ -170,13 +186,15 @@ def _fsdp2(sizes: Sizes, engine: Engine, moments: int, places: dict[str, dict[st
     device = places["device"]
     states = places["host" if engine.offload_optimizer or engine.offload_param else "device"]
     g, trained = engine.gpus, sizes.trained
-    # One fp32 shard serves as parameter and master; a frozen W may stay in the compute dtype.
+    # One fp32 shard serves as parameter and master; what is frozen rests in the compute dtype.
     states["weights"] = (engine.itemsize * sizes.frozen + 4 * sizes.dense) // g
     states["B or adapters"] = 4 * sizes.subspace // g
     states["solver state"] = 4 * moments * (trained if sizes.solver is None else sizes.solver) // g
-    states["gradients"] = 4 * trained // g
-    # Two blocks are gathered at once, the gradients of one wait to be reduced.
-    device["communication"] = engine.itemsize * (2 * sizes.largest_block + sizes.block_trained)
+    # Those of several micro batches add up whole before they are reduced.
+    device["gradients"] = 4 * trained // g + (4 * trained if engine.accumulation > 1 else 0)
+    # The root is whole all the time, two blocks are gathered at once, the gradients of one wait to be reduced in fp32.
+    gathered = engine.itemsize * (sizes.root + 2 * sizes.largest_block)
+    device["communication"] = gathered + (engine.itemsize + 4) * sizes.block_trained
 
 
 def _integer(block: Mapping[str, Any], key: str, default: int) -> int:

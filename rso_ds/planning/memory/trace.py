@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rso_ds.planning.memory.kept import Kept, KeptRecorder
+from rso_ds.planning.memory.live import LiveBytes
 from rso_ds.saved import loss as lean_loss
+from rso_ds.saved.evaluation import losses_instead_of_logits
 from rso_ds.subspace import projection
 
 TRACED_CHUNKS = 3
+# Of a pass: up to the head, the head with the loss, the way back.
+SECTIONS = ("blocks", "head", "backward")
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,9 @@ class Trace:
 
     ``inside`` are the storages first saved inside the ``traced`` transformer blocks, of which the model has
     ``blocks``; ``outside`` all others (loss, embedding, last norm, rotary tables). ``block_input`` is the
-    size of the hidden states between blocks. ``working`` is what the pass needs for a moment beyond what it
-    keeps, parameters and their gradients: temporaries, the block being recomputed.
+    size of the hidden states between blocks. ``above`` is what the pass holds at most beyond what it keeps, parameters
+    and their gradients (temporaries, the block being recomputed), in each of ``SECTIONS``; below zero where not
+    everything is kept yet.
     """
 
     inside: list[Kept]
@@ -41,8 +39,17 @@ class Trace:
     blocks: int
     traced: int
     block_input: int
-    working: int = 0
+    above: Mapping[str, int] = field(default_factory=dict)
     checkpointing: bool = False
+
+    @property
+    def working(self) -> int:
+        """The most of ``above``: what the whole pass needs for a moment beyond what it keeps."""
+        return max(0, *self.above.values())
+
+    def peak(self, section: str) -> int:
+        """The most bytes that live at once in one of ``SECTIONS``, of parameters and gradients apart."""
+        return max(0, self.kept + self.above[section])
 
     @property
     def per_block(self) -> float:
@@ -71,7 +78,7 @@ def trace_training(
     """
     with FakeTensorMode(), ExitStack() as stack:
         model = build().train()
-        stack.enter_context(_no_materialised_mask())  # only now: building imports the model's module
+        stack.enter_context(_no_values())
         stack.enter_context(_few_chunks())
         ids = torch.zeros(batch, seq_len, dtype=torch.long)
 
@@ -86,11 +93,55 @@ def trace_training(
         del loss
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        with LiveBytes() as live, _gradients_dropped(model):
-            forward().backward()
+        with LiveBytes(fake=True) as live, _gradients_dropped(model), _sections(model, live) as peaks:
+            loss = forward()
+            peaks.enter("backward")
+            loss.backward()
         found = split(model, recorder.entries, batch * seq_len, checkpointing)
-        working = max(0, live.peak - found.kept)
-        return replace(found, working=working, blocks=found.traced if blocks is None else blocks)
+        above = {section: peak - found.kept for section, peak in peaks.found.items()}
+        return replace(found, above=above, blocks=found.traced if blocks is None else blocks)
+
+
+def trace_evaluation(
+    build: Callable[[], nn.Module], batch: int, seq_len: int, autocast: torch.dtype | None = None
+) -> dict[str, int]:
+    """The most bytes that live at once while ``build()``, as for ``trace_training``, is evaluated as the training
+    program does it: in its "blocks" and in its "head"."""
+    with FakeTensorMode(), ExitStack() as stack:
+        model = build().eval()
+        stack.enter_context(_no_values())
+        stack.enter_context(_few_chunks())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", autocast, enabled=autocast is not None))
+        ids = torch.zeros(batch, seq_len, dtype=torch.long)
+        with LiveBytes(fake=True) as live, _sections(model, live) as peaks, losses_instead_of_logits(model):
+            model(input_ids=ids, use_cache=False)
+        return {"blocks": peaks.found["blocks"], "head": peaks.found["head"]}
+
+
+class _Sections:
+    """The peaks of a pass, section by section."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.live, self.found, self.section = live, dict.fromkeys(SECTIONS, 0), "blocks"
+
+    def enter(self, section: str) -> None:
+        self.found[self.section] = max(self.found[self.section], self.live.peak)
+        self.live.peak, self.section = self.live.live, section
+
+
+@contextmanager
+def _sections(model: nn.Module, live: LiveBytes) -> Iterator[_Sections]:
+    """The "head" begins with the head's forward pass (without one, all is "blocks"); "backward" the caller enters."""
+    peaks = _Sections(live)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    handles = [] if head is None else [head.register_forward_pre_hook(lambda *_: peaks.enter("head"))]
+    try:
+        yield peaks
+    finally:
+        peaks.enter("")
+        for handle in handles:
+            handle.remove()
 
 
 def split(model: nn.Module, entries: list[Kept], tokens: int, checkpointing: bool = False) -> Trace:
@@ -131,35 +182,6 @@ def block_names(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for i in range(len(longest))]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made while it is on; ``peak`` is the most that lived at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: Any = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in given and storage not in self._seen:
-                    self._count(storage)
-        return out
-
-    def _count(self, storage: Any) -> None:
-        size = storage.nbytes()
-        self._seen[storage] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-
 @contextmanager
 def _gradients_dropped(model: nn.Module) -> Iterator[None]:
     """Free each parameter's gradient when it is complete: gradients are counted by the engine's own rule."""
@@ -176,18 +198,17 @@ def _gradients_dropped(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_materialised_mask() -> Iterator[None]:
-    """transformers' mask builders look at values, which fake tensors do not have; where no token is padded
-    they return None, and so do these."""
+def _no_values() -> Iterator[None]:
+    """transformers' mask builders look at values, which fake tensors do not have: they are told that no token is padded
+    and each row is one sequence. Which masks that leaves depends on the attention, and is counted: none for causal
+    attention by SDPA, [batch, 1, seq, seq] for a sliding window that the sequence exceeds, and for "eager"."""
     import transformers.masking_utils as masks
 
-    builders = [n for n, _ in inspect.getmembers(masks, inspect.isfunction) if re.fullmatch(r"create_\w+_mask", n)]
     with ExitStack() as stack:
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("transformers.models."):
-                for name in builders:
-                    if name in vars(module):
-                        stack.enter_context(patch.object(module, name, lambda *_, **__: None))
+        told = {"find_packed_sequence_indices": None, "fast_all": True, "is_tracing": False}
+        for name, value in told.items():
+            if hasattr(masks, name):  # not in every version
+                stack.enter_context(patch.object(masks, name, lambda *_, value=value: value))
         yield
 
 

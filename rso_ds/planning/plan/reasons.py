@@ -47,9 +47,14 @@ def _memory(chosen: Candidate, task: Task) -> list[str]:
         f" {FRAGMENTATION:.0%} for fragmentation and {RESERVE / GIB:.0f} GiB for the CUDA context and NCCL (allowances,"
         " not measurements)"
     ]
-    host = sum(chosen.account.host.values())
+    peaks = ", ".join(f"{name} {_gigabytes(phase.device)}" for name, phase in chosen.account.phases.items())
+    lines.append(f"by phase: {peaks}; the largest is needed")
+    host = chosen.account.host_total
     if host:
-        lines.append(f"{_gigabytes(host * task.gpus_per_node)} of host memory a node (masters of W, what is offloaded)")
+        lines.append(
+            f"{_gigabytes(host * task.gpus_per_node)} of host memory a node at most (the model is built there; masters"
+            " of W, what is offloaded)"
+        )
     return lines
 
 

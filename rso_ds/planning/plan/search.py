@@ -141,8 +141,8 @@ def candidates(build: Build, base: dict[str, Any], task: Task, ratio: float | No
         model = build(torch.bfloat16 if engine.itemsize == 2 else torch.float32, None)
         convert(model, rso)
         exchange = Exchange.of(model, rso)
-    for checkpointing in (False, True):
-        accountant = Accountant(build, rso, engine, checkpointing)
+    plain = Accountant(build, rso, engine)
+    for checkpointing, accountant in ((False, plain), (True, plain.recomputing())):
         for micro_batch in (m for m in range(1, task.share + 1) if task.share % m == 0):
             fits = False
             for stage, hpz in shapes:

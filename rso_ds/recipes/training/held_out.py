@@ -13,6 +13,7 @@ from torch import nn
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.models import learned_positions
 from rso_ds.recipes.data.dataset import PackedTokens
+from rso_ds.saved.evaluation import losses_instead_of_logits
 
 
 @torch.no_grad()
@@ -32,10 +33,8 @@ def held_out_loss(model: nn.Module, data: PackedTokens, tokens: int, micro: int,
         indices = np.arange(first, first + micro)
         valid = indices < count
         ids = data.sequences(np.where(valid, indices, 0)).to(context.device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").sum(
-            1
-        )
+        with losses_instead_of_logits(getattr(model, "module", model)):
+            losses = model(input_ids=ids, use_cache=False)
         weight = torch.from_numpy(valid).to(losses)
         total[0] += (losses * weight).sum()
         total[1] += weight.sum() * (data.seq_len - 1)

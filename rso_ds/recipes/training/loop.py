@@ -26,7 +26,8 @@ from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.models import Start, begins_random, check_length, check_tokens, find_start, rows_needed
 from rso_ds.planning.memory.account import Account, Accountant, model_builder
 from rso_ds.planning.memory.peak import peak_memory_bytes
-from rso_ds.planning.memory.profile import StepProfiler, report
+from rso_ds.planning.memory.phases import PhasePeaks
+from rso_ds.planning.memory.profile import StepProfiler, phase_comparison, phase_report, report
 from rso_ds.planning.memory.states import Engine
 from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.training.arguments import TrainArguments
@@ -88,17 +89,23 @@ class Job:
         self._choose_schedule()
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
-        if args.profile_memory and args.engine != "deepspeed":
-            raise RSOConfigError("--profile-memory knows where DeepSpeed keeps its state: use --engine deepspeed.")
+        if args.profile_memory and args.engine == "ddp":
+            raise RSOConfigError("--profile-memory knows where DeepSpeed and FSDP2 keep their state: use one of them.")
         if args.profile_memory and self.steps < self.first_step + 2:
             raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
         shape = (self.accumulation, context.world_size, context.rank, self.micro)
         position = None if self.point is None else self.point.position
         self.batches = self.data.batches(shape, position, context.device)
+        self.peaks = PhasePeaks(context.on_gpu)
+        if args.profile_memory:
+            self.peaks.begin()
         try:
-            rows = self._rows(self.tokenizer)
-            self.engine = build_engine(args, self.ds_json, self.start, rows, context, self.schedule)
-            self._resume()
+            with self.peaks("start"):
+                rows = self._rows(self.tokenizer)
+                self.engine = build_engine(args, self.ds_json, self.start, rows, context, self.schedule)
+                self._resume()
+            if hasattr(self.engine, "rso"):
+                self.peaks.watch(self.engine.rso)
             agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
         except BaseException:
             self.batches.close()
@@ -208,7 +215,7 @@ class Job:
 
     def _save(self, step: int, score: float) -> None:
         background = {"wait": False} if self.args.async_save else {}
-        with self.engine.traffic.phase("other"):
+        with self.engine.traffic.phase("other"), self.peaks("save"):
             self.engine.checkpoints.save(
                 self.output / "checkpoints",
                 f"step{step}",
@@ -264,7 +271,8 @@ class Job:
             if observer and log:
                 observer.watch_step()
             skipped_before = engine.skipped_steps
-            own_loss = self._train_step(step)
+            with self.peaks("training"):
+                own_loss = self._train_step(step)
             loss, stop, skipped = sync(own_loss, interruption.requested, engine.skipped_steps > skipped_before)
             watch.after(step, loss, skipped)
             if log:
@@ -347,6 +355,7 @@ class Job:
     def _profiled(self, micro: torch.Tensor) -> torch.Tensor:
         """One micro batch with its memory measured; rank 0 prints it beside the model and writes memory.json."""
         profiler = StepProfiler(self.engine, self.args.gradient_checkpointing)
+        self.peaks.note()
         with profiler:
             loss = profiler.forward(lambda: self._forward(micro))
             self.engine.backward(loss)
@@ -356,22 +365,34 @@ class Job:
             self.display.say(text)
         return loss
 
+    def _report_phases(self) -> None:
+        """What each phase of this run took at most, beside the model: into memory.json."""
+        self.peaks.end()
+        if self.context.rank == 0:
+            compared = phase_comparison(self.peaks.bytes, self._account(), self.context.on_gpu)
+            path = self.output / "memory.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "phases": compared}, indent=2))
+            self.display.say(phase_report(compared))
+
     def _account(self) -> Account:
         """What ``rso-ds memory`` says about this run."""
         is_rso = hasattr(self.engine, "rso")
         accountant = Accountant(
             model_builder(self.engine.module.config, self.args.trust_remote_code),
             self.engine.rso.config if is_rso else RSOConfig(),
-            Engine.from_json(self.ds_json, self.context.world_size),
+            Engine.from_json(self.ds_json, self.context.world_size // self.args.replicas, self._engine_kind()),
             self.args.gradient_checkpointing,
         )
         return accountant.account("rso" if is_rso else "adamw", self.micro, self.args.seq_len)
+
+    def _engine_kind(self) -> str:
+        return "fsdp2" if self.args.engine == "fsdp2" else "zero"
 
     def _evaluate(self) -> float:
         """The held-out loss, NaN if nothing is held out."""
         if self.held_out is None:
             return math.nan
-        with self.engine.traffic.phase("evaluation"):
+        with self.engine.traffic.phase("evaluation"), self.peaks("evaluation"):
             return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.context)
 
     def _finish(self, before: float, after: float) -> None:
@@ -379,8 +400,10 @@ class Job:
         if hasattr(self.engine, "rso") and self.engine.rso.config.communicate == "boundary":
             self.engine.rso.average_replicas()
             after = self._evaluate()  # of the one model that is saved, not the mean over the ranks' own
-        with self.engine.traffic.phase("other"):
+        with self.engine.traffic.phase("other"), self.peaks("save"):
             save_dense(self.engine.module, folder, self.context.rank)
+        if self.args.profile_memory:
+            self._report_phases()
         work = (lambda: self._present(folder, before, after)) if self.context.rank == 0 else None
         patiently(work, "writing the model's files and a sample of text", self.args.timeout)
 

@@ -35,8 +35,10 @@ class TorchEngine:
     """``kind`` "ddp" or "fsdp2"; ``replicas`` above 1 makes FSDP2 hybrid (HSDP); ``schedule`` None: that of the JSON.
 
     Of the DeepSpeed JSON it takes the optimizer (RSO, AdamW or Adam), the scheduler, clipping, accumulation and
-    bf16: parameters stay in fp32 and are computed with in bf16 (autocast under DDP, ``MixedPrecisionPolicy``
-    under FSDP2, gradients reduced in fp32). ``zero_optimization`` says how DeepSpeed shards and is ignored.
+    bf16: parameters are computed with in bf16 (autocast under DDP, ``MixedPrecisionPolicy`` under FSDP2, gradients
+    reduced in fp32). They rest in fp32, but for W and whatever else is frozen under FSDP2, which rests in bf16 as under
+    DeepSpeed: ``merge_rounding`` and ``master_weights`` mean the same in both. ``zero_optimization`` says how DeepSpeed
+    shards and is ignored.
 
     Raises ``RSOUnsupportedError`` or ``RSOConfigError`` for what it does not take.
     """
@@ -51,7 +53,8 @@ class TorchEngine:
         schedule: Schedule | None = None,
     ) -> None:
         _refuse(ds_json, kind, replicas, context.world_size)
-        self.module, self.kind = model.to(context.device), kind
+        # FSDP2 moves one unit after the other to the device, and cuts it there: never the whole model.
+        self.module, self.kind = model if kind == "fsdp2" else model.to(context.device), kind
         self.accumulation: int = ds_json["gradient_accumulation_steps"]
         self.clip = float(ds_json.get("gradient_clipping") or 0.0)
         self._skipped, self._micro = 0, 0
@@ -62,6 +65,9 @@ class TorchEngine:
             agree_on_setup(converted.layers, config)  # DDP would fail on unequal shapes in words of its own
             if context.rank == 0:
                 logger.info(summary_table(model, config))
+            del converted  # it holds the weights as they were
+        if kind == "fsdp2" and self._bf16:
+            _round_frozen(model)
         self._apart = config is not None and config.communicate == "boundary"
         extra = self._wrap(context, replicas, self._apart)
         self.traffic = install()
@@ -180,6 +186,14 @@ def _refuse(ds_json: dict[str, Any], kind: str, replicas: int, ranks: int) -> No
         raise RSOConfigError(f"--replicas {replicas} divides the ranks of --engine fsdp2; {kind} has no shards.")
     if ranks % replicas:
         raise RSOConfigError(f"--replicas {replicas} does not divide {ranks} ranks.")
+
+
+def _round_frozen(model: nn.Module) -> None:
+    """What is frozen, W above all, rests in bf16, as it is sent and computed with. fp32 rows would be twice the size
+    for the boundaries' sake alone, and for those there are ``merge_rounding`` and ``master_weights``."""
+    for param in model.parameters():
+        if not param.requires_grad:
+            param.data = param.data.bfloat16()
 
 
 def _optimizer(
