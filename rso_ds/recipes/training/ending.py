@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def write_model_card(
     args: TrainArguments,
     ds_json: dict[str, Any],
     facts: dict[str, Any],
-    scores: dict[str, float],
+    scores: Mapping[str, float | None],
     rso: Any,
 ) -> None:
     """``facts``: further lines of the card; ``scores``: of the model, by their names; ``rso``: its configuration or
