@@ -29,7 +29,7 @@ def main() -> None:
     config |= {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     del config["train_batch_size"]
     config["bf16"] = {"enabled": torch.cuda.is_available()}
-    config["optimizer"]["params"] |= {"lr": 4e-3, "weight_decay": 0.0, "torch_adam": True}
+    config["optimizer"]["params"] |= {"lr": 4e-3, "dense_lr": 1.6e-2, "weight_decay": 0.0, "torch_adam": True}
 
     torch.manual_seed(0)
     shape = LlamaConfig(

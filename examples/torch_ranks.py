@@ -32,7 +32,7 @@ def main() -> None:
         vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4
     )
     model: nn.Module = LlamaForCausalLM(shape).to(device)
-    config = rso_ds.RSOConfig(lr=4e-3, rank_ratio=0.25, interval=10)
+    config = rso_ds.RSOConfig(lr=4e-3, dense_lr=1.6e-2, rank_ratio=0.25, interval=10)  # of a short run
     rso_ds.convert(model, config)  # first the subspaces, then the wrapper, then the optimizer
     if args.engine == "ddp":
         model = nn.parallel.DistributedDataParallel(model)

@@ -28,7 +28,7 @@ def main() -> None:
     )
     dense = LlamaForCausalLM(shape)
     model = copy.deepcopy(dense)
-    config = rso_ds.RSOConfig(lr=4e-3, rank_ratio=0.25, interval=5)
+    config = rso_ds.RSOConfig(lr=4e-3, dense_lr=1.6e-2, rank_ratio=0.25, interval=10)
     rso_ds.convert(model, config)
     print(rso_ds.summary_table(model, config))
 

@@ -188,7 +188,7 @@ class Boundary:
             "interval": self.config.interval,
             "form": self.config.form,
             "layers": {
-                name: [layer.out_features, layer.in_features, layer.subspace.rank, layer.subspace.name]
+                name: [layer.rows, layer.in_features, layer.subspace.rank, layer.subspace.name]
                 for name, layer in self.layers.items()
             },
         }

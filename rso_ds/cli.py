@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check.add_argument("--deepspeed", required=True, help="DeepSpeed JSON")
     check.add_argument("--model", default="llama-7b", help="named shape or folder with a config.json [llama-7b]")
     check.add_argument("--vocab-size", type=int, default=32000, help="vocabulary of a named shape [32000]")
+    memory.trust_flag(check)
     memory.add_arguments(
         commands.add_parser("memory", help="what one rank needs in memory, counted without allocating the model")
     )
@@ -67,16 +68,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> str:
     """The start-up table of a model under a JSON; "auto" values count as defaults."""
-    from rso_ds.layers import convert, summary_table
-    from rso_ds.models import load_model
+    from rso_ds.layers import convert, much_outside, summary_table
+    from rso_ds.models import model_config, random_model
 
     config = memory.read_rso_json(args.deepspeed)
     rso: RSOConfig = rso_config(config)
     refuse_unsupported(config)
+    hf_config = model_config(args.model, args.vocab_size, 2048, args.trust_remote_code)
     with torch.device("meta"):
-        model = load_model(args.model, args.vocab_size, 2048, pretrained=False)
+        model = random_model(hf_config, trust_remote_code=args.trust_remote_code)
     convert(model, rso)
-    return summary_table(model, rso)
+    return "\n".join(filter(None, [summary_table(model, rso), much_outside(model)]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rso_ds import defaults
 from rso_ds.errors import RSOConfigError
 
 SAMPLERS = ("haar", "gaussian", "coordinate", "srht")
@@ -26,7 +27,7 @@ FORMS = ("two_path", "folded")
 SHARED_PROJECTIONS = ("input", "shape")
 LEAN_PIECES = ("shared_input", "norm", "activation", "loss", "liger")
 AUTO = "auto"
-DEFAULT_RANK_RATIO = 0.25
+DEFAULT_RANK_RATIO = defaults.RANK_RATIO
 
 
 def _key(default: Any, help: str) -> Any:
@@ -39,15 +40,16 @@ def _key(default: Any, help: str) -> Any:
 class RSOConfig:
     """Everything RSO can be told. Unknown or ill-typed values raise ``RSOConfigError``."""
 
-    lr: float = _key(1e-3, "Learning rate of B. A step of size lr on B moves W by about lr an entry.")
+    lr: float = _key(defaults.PRETRAINED.lr, "Learning rate of B. A step of size lr on B moves W by about lr an entry.")
     dense_lr: float | None = _key(
-        None, "Learning rate of the densely trained parameters (embeddings, norms, head); null: lr."
+        defaults.PRETRAINED.dense_lr,
+        "Learning rate of the densely trained parameters (embeddings, norms, head); null: lr.",
     )
-    betas: tuple[float, float] = _key((0.9, 0.999), "Adam's moment decay rates.")
-    eps: float = _key(1e-8, "Adam's denominator offset.")
+    betas: tuple[float, float] = _key(defaults.BETAS, "Adam's moment decay rates.")
+    eps: float = _key(defaults.EPS, "Adam's denominator offset.")
     momentum: float = _key(0.9, "Momentum of the sgd solver; other solvers ignore it.")
     weight_decay: float = _key(
-        0.0,
+        defaults.WEIGHT_DECAY,
         "Decoupled decay. On W it is applied at the boundary with the product of (1 - lr * weight_decay)"
         " over the interval's steps; on dense parameters as the solver does; never on B.",
     )
@@ -56,10 +58,10 @@ class RSOConfig:
     rank_ratio: float | None = _key(
         None, f"r as a fraction of a layer's smaller side. Default {DEFAULT_RANK_RATIO} if rank is not given."
     )
-    interval: int = _key(10, "Applied optimizer steps between two subspace boundaries.")
-    sampler: str = _key("haar", f"Distribution of P: {SAMPLERS}.")
+    interval: int = _key(defaults.PRETRAINED.interval, "Applied optimizer steps between two subspace boundaries.")
+    sampler: str = _key(defaults.SAMPLER, f"Distribution of P: {SAMPLERS}.")
     carry_over: str = _key(
-        "row_mean_second", f"What becomes of the solver state of B at a boundary: {CARRY_OVER_RULES}."
+        defaults.CARRY_OVER, f"What becomes of the solver state of B at a boundary: {CARRY_OVER_RULES}."
     )
     form: str | None = _key(
         None,
@@ -73,7 +75,7 @@ class RSOConfig:
     )
     proximal: float = _key(0.0, "1/eta of the paper's subproblem: the gradient of B gains proximal * B.")
     targets: str | Sequence[str] = _key(
-        "default",
+        defaults.TARGETS,
         "Layers to train in a subspace: 'default' (by model type), 'all-linear', or a list of name suffixes"
         " or glob patterns, in which 'default', 'embeddings' (input embedding) and 'head' (output layer) may appear.",
     )

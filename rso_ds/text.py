@@ -58,12 +58,17 @@ def content_of(head: bytes) -> str | None:
 def check_content(head: bytes, name: str, expected: str | None = None) -> None:
     """Raise ``RSOConfigError`` if the file ``name``, which begins with ``head``, is seen to hold something else than
     ``expected``, a word of ``content_of``, or than text."""
-    pointer = _matching(_POINTERS, head)
-    if pointer is not None:
-        raise RSOConfigError(f"{name} is not the data but {pointer}.")
+    check_pointer(head, name)
     found = content_of(head)
     if found not in (None, expected):
         raise RSOConfigError(f"{name} is {found}, whatever its name says: convert, rename or remove it.")
+
+
+def check_pointer(head: bytes, name: str) -> None:
+    """Raise ``RSOConfigError`` if the file ``name``, which begins with ``head``, only says where its data are."""
+    pointer = _matching(_POINTERS, head)
+    if pointer is not None:
+        raise RSOConfigError(f"{name} is not the data but {pointer}.")
 
 
 def check_encoding(name: str, flag: str = "--encoding") -> None:

@@ -39,10 +39,10 @@ def engine_of(method: str, shape: str) -> Any:
     import deepspeed
 
     import rso_ds
-    from rso_ds.models import load_model
+    from rso_ds.models import llama_config, random_model
 
     torch.manual_seed(0)
-    model = load_model(shape, 32000, 64, pretrained=False)
+    model = random_model(llama_config(shape, 32000, 64))
     params: dict[str, Any] = {"lr": 1e-3, "torch_adam": True}
     config = {
         "train_micro_batch_size_per_gpu": 1,

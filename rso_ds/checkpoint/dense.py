@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from rso_ds.checkpoint.model_files import write_code
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import SubspaceLayer, dense_layer, rso_layers
+from rso_ds.layers.kinds import ordinary_name
 from rso_ds.layers.partitioned import gathered, whole
 from rso_ds.layers.wrappers import without_compile
 
@@ -43,14 +45,15 @@ def dense_state_dict(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
         for name, tensor in own.items():
             copy = copies[id(tensor)]
             if copy is not None:
-                state[prefix + name] = copy
+                weight = isinstance(module, SubspaceLayer) and name == "weight"
+                state[ordinary_name(module_name, module.kind) if weight else prefix + name] = copy
     return state
 
 
 def dense_description(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What has to be known, beside the tensors, to make ``dense_state_dict`` of them without ``model``.
 
-    layers   RSO layer -> ["linear", "conv1d" or "embedding", dtype of the P that the last forward pass used]
+    layers   RSO layer -> [kind (rso_ds.layers.kinds), dtype of the P that the last forward pass used]
     tied     further name of a tensor -> [the name under which ``named_parameters`` has it, whether
              transformers ties the two by itself when it loads the model]
     """
@@ -81,5 +84,15 @@ def save_dense(model: nn.Module, folder: str | Path, rank: int = 0) -> None:
             f"{type(model).__name__} has no save_pretrained: use rso_ds.checkpoint.dense_state_dict and save that."
         )
     state = dense_state_dict(model, keep=rank == 0)
-    if rank == 0:
+    if rank != 0:
+        return
+    kind: Any = type(model)
+    if not isinstance(model, FSDPModule) or getattr(kind, "_auto_class", None) is None:
         save(folder, state_dict=state)
+        return
+    kind._auto_class = None  # transformers would save the code of the class that fully_shard has made of the model's
+    try:
+        save(folder, state_dict=state)
+    finally:
+        del kind._auto_class
+    write_code(model, Path(folder))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rso_ds.checkpoint.folder import MANIFEST, sync
-from rso_ds.checkpoint.model_files import copy_model_files, model_files
+from rso_ds.checkpoint.model_files import CONFIG, copy_model_files, model_files
+from rso_ds.checkpoint.published import Published
 from rso_ds.checkpoint.reading import DenseModel, open_model
 from rso_ds.checkpoint.weights_file import Entry, write_weights
 from rso_ds.errors import RSOCheckpointError, RSOConfigError
@@ -76,16 +78,26 @@ def write_model(
     files = model_files(model.path, None if config is None else Path(config))
     names = model.names()
     floating = next((model.dtype(n) for n in names if model.dtype(n).is_floating_point), torch.float32)
-    entries = [Entry(n, model.shape(n), converted_dtype(model.dtype(n), dtype)) for n in names]
+    published = Published(next(file for file in files if file.name == CONFIG))
+    source: dict[str, str] = {}
+    entries = []
+    for name in names:
+        for part, shape in published.shapes(name, model.shape(name)).items():
+            source[part] = name
+            entries.append(Entry(part, shape, converted_dtype(model.dtype(name), dtype)))
+
+    @lru_cache(maxsize=1)  # the parts of a tensor are written one after the other
+    def parts(name: str) -> dict[str, Tensor]:
+        return published.parts(name, converted(model.value(name, merged), name, dtype))
 
     done = 0
 
-    def value(name: str) -> Tensor:
+    def value(part: str) -> Tensor:
         nonlocal done
         done += 1
         if progress is not None:
             progress(done, len(entries))
-        return converted(model.value(name, merged), name, dtype)
+        return parts(source[part])[part]
 
     written = write_weights(folder, entries, value, max_shard_size)
     kind = converted_dtype(floating, dtype)

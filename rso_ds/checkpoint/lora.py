@@ -16,6 +16,7 @@ from rso_ds.checkpoint.reading import open_model
 from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.checkpoint.weights_file import Entry, write_file
 from rso_ds.errors import RSOConfigError
+from rso_ds.layers.kinds import STACKED
 from rso_ds.subspace import dense_projection
 
 BASE, ADAPTER = "base", "adapter_model.safetensors"
@@ -62,6 +63,12 @@ def _with_subspace(model: StoredModel | NativeModel) -> StoredModel:
         raise RSOConfigError(
             f"--lora: {model.path} is of a run with 'form': 'folded', whose current subspace is part of W already:"
             " export without --lora."
+        )
+    stacked = next((name for name, layer in model.layers.items() if layer.kind in STACKED), None)
+    if stacked is not None:
+        raise RSOConfigError(
+            f"--lora: {stacked} holds the experts of a mixture in one parameter. An adapter of PEFT needs an A for each"
+            " expert there, and all have one P here. Export without --lora."
         )
     for name, (first, _) in model.tied.items():
         if model.layer_of(name) is not None:

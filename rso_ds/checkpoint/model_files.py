@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ _KNOWN = (
 
 
 def write_model_files(module: nn.Module, more: Callable[[Path], object] | None, folder: Path) -> None:
-    """Write config.json and generation_config.json of a Hugging Face model, and whatever ``more(folder)`` writes."""
+    """Write config.json and generation_config.json of a Hugging Face model, the code that came with it, and whatever
+    ``more(folder)`` writes."""
     _write_config(module, folder)
+    write_code(module, folder)
     if more is not None:
         more(folder)
 
@@ -41,6 +44,17 @@ def _write_config(module: nn.Module, folder: Path) -> None:
     generation: Any = getattr(module, "generation_config", None)
     if hasattr(generation, "to_json_file"):
         generation.to_json_file(folder / GENERATION)
+
+
+def write_code(module: nn.Module, folder: Path) -> None:
+    """Copy the files of a model that was loaded with ``trust_remote_code``, which config.json goes on naming."""
+    for kind in (*type(module).__mro__, *type(getattr(module, "config", None)).__mro__):
+        # transformers imports such code from a folder of its own, in which there is nothing else.
+        origin = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if kind.__module__.startswith("transformers_modules.") and origin is not None:
+            for file in Path(origin).parent.glob("*.py"):
+                if file.name != "__init__.py":
+                    shutil.copyfile(file, folder / file.name)
 
 
 def model_files(checkpoint: Path, given: Path | None) -> list[Path]:

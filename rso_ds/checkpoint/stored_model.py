@@ -14,6 +14,7 @@ from rso_ds.checkpoint.state import STATE_FILE
 from rso_ds.checkpoint.storage import StoredTensors
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import merged_weight
+from rso_ds.layers.kinds import ordinary_name, ordinary_shape, ordinary_weight
 from rso_ds.subspace import Subspace
 
 CPU = torch.device("cpu")
@@ -21,7 +22,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """An RSO layer: ``kind`` "linear", "conv1d" or "embedding", ``projection_dtype`` that of P in the run."""
+    """An RSO layer: ``kind`` as in rso_ds.layers.kinds, ``out_features`` its rows, of all experts where it is stacked,
+    ``projection_dtype`` that of P in the run."""
 
     kind: str
     group: str
@@ -48,6 +50,8 @@ class StoredModel:
         self._stored = StoredTensors(self.path)
         self._parameters: dict[str, Any] = self.state["parameters"]
         self.layers = self._layers()
+        self._ordinary = {f"{name}.weight": ordinary_name(name, layer.kind) for name, layer in self.layers.items()}
+        self._layer_of = {ordinary: name.removesuffix(".weight") for name, ordinary in self._ordinary.items()}
         self.tied: dict[str, tuple[str, bool]] = {n: (f, d) for n, (f, d) in self.state["dense"]["tied"].items()}
         self.projection = lru_cache(maxsize=4)(self._draw)  # layers of one group follow each other closely
 
@@ -64,11 +68,12 @@ class StoredModel:
         """Names of the dense model's tensors, without those that transformers ties by itself when it loads."""
         b = {f"{layer}.B" for layer in self.layers}
         further = [n for n, (first, declared) in self.tied.items() if not declared and first not in b]
-        return [*(n for n in self._parameters if n not in b), *further]
+        return [*(self._ordinary.get(n, n) for n in self._parameters if n not in b), *further]
 
     def first_name(self, name: str) -> str:
-        """The name under which the tensor ``name`` is stored: another one if it is tied."""
-        return self.tied[name][0] if name in self.tied else name
+        """The name under which the tensor ``name`` is stored: another one if it is tied, or of stacked experts."""
+        first = self.tied[name][0] if name in self.tied else name
+        return f"{self._layer_of[first]}.weight" if first in self._layer_of else first
 
     def layer_of(self, name: str) -> StoredLayer | None:
         """The RSO layer whose weight the tensor ``name`` is."""
@@ -79,7 +84,7 @@ class StoredModel:
         """In the dense model, where the weight of a Conv1D is [in, out]."""
         shape = tuple(self._parameters[self.first_name(name)][0])
         layer = self.layer_of(name)
-        return shape[::-1] if layer is not None and layer.kind == "conv1d" else shape
+        return shape if layer is None else ordinary_shape(shape, layer.kind)
 
     def dtype(self, name: str) -> torch.dtype:
         """In the run, where an fp32 master is stored too."""
@@ -95,10 +100,10 @@ class StoredModel:
         if merged:
             b = self.b(first.removesuffix(".weight"))
             weight = merged_weight(weight, b, self.projection(layer)).to(weight.dtype)
-        return weight.t().contiguous() if layer.kind == "conv1d" else weight
+        return ordinary_weight(weight, layer.kind).contiguous()
 
     def b(self, layer: str) -> Tensor:
-        """B [out, rank] of a layer, as the model holds it."""
+        """B [out, rank] of a layer, or [E, out, rank], as the model holds it."""
         return self._at_rest(f"{layer}.B")
 
     def _draw(self, layer: StoredLayer) -> Tensor:

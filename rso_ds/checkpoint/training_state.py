@@ -31,6 +31,7 @@ from rso_ds.checkpoint.stored_model import StoredModel
 from rso_ds.comm.outcome import rank_of, ranks_of
 from rso_ds.errors import RSOCheckpointError
 from rso_ds.layers import rso_layers
+from rso_ds.layers.kinds import ordinary_name, ordinary_shape, ordinary_weight
 from rso_ds.layers.partitioned import flat_memory, full_shape
 from rso_ds.layout import Layout
 
@@ -216,22 +217,24 @@ class TrainingState:
         changes if ``model`` is another one."""
         layers = dict(rso_layers(self.module))
         new = {f"{name}.B" for name in layers}
-        turned = {f"{name}.weight" for name, layer in layers.items() if layer.kind == "conv1d"}
+        weights = {f"{name}.weight": (ordinary_name(name, layer.kind), layer.kind) for name, layer in layers.items()}
         there = {name: model.shape(name) for name in (*model.names(), *model.tied)}
         for name, param in self.module.named_parameters():
-            shape = full_shape(param)[::-1] if name in turned else full_shape(param)
-            if name not in new and there.get(name) != shape:
+            stored, kind = weights.get(name, (name, None))
+            shape = full_shape(param) if kind is None else ordinary_shape(full_shape(param), kind)
+            if name not in new and there.get(stored) != shape:
+                found = list(there.get(stored, ())) or "absent"
                 raise RSOCheckpointError(
-                    f"{model.path} is of another model: '{name}' is {list(there.get(name, ())) or 'absent'} there and"
-                    f" {list(shape)} here."
+                    f"{model.path} is of another model: '{stored}' is {found} there and {list(shape)} here."
                 )
         self.layout.forget_masters()
         for name, param in self.module.named_parameters():
             if name in new:
                 value = torch.zeros(math.prod(full_shape(param)), dtype=param.dtype)
             else:
-                value = model.value(name)
-                value = (value.t() if name in turned else value).reshape(-1)
+                stored, kind = weights.get(name, (name, None))
+                value = model.value(stored)
+                value = (value if kind is None else ordinary_weight(value, kind)).reshape(-1)
             copies = [self.layout.model_part(param)]
             if self._trains(param):
                 part = self.layout.solver_part(param)

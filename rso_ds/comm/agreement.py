@@ -25,7 +25,7 @@ def agree_on_setup(layers: Mapping[str, SubspaceLayer], config: RSOConfig, group
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    shapes = {n: [x.out_features, x.in_features, x.subspace.rank, x.subspace.name] for n, x in layers.items()}
+    shapes = {n: [x.rows, x.in_features, x.subspace.rank, x.subspace.name] for n, x in layers.items()}
     mine = {
         "RSO configuration": _digest(config.to_dict()),
         "layers of the model": _digest(shapes),

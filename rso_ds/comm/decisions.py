@@ -69,6 +69,15 @@ def patiently(
     return agreed(outcome, kind=kind)
 
 
+def first_on_each_node(
+    work: Callable[[], T], what: str, silence: float, local_rank: int, kind: type[RSOError] = RSOCheckpointError
+) -> T:
+    """What ``work`` returns on this rank: on one rank a node first, then on the others, which find in place what that
+    one has fetched or made. All ranks call this together; ``what``, ``silence`` and ``kind`` as for ``patiently``."""
+    made = patiently(work if local_rank == 0 else None, what, silence, kind)
+    return agreed(lambda: work() if made is None else made, kind=kind)
+
+
 def _wait_for_all(store: Any, key: str, silence: float) -> str | None:
     """Say that this rank is done and wait for the others; what is wrong, if one of them is lost."""
     try:

@@ -17,7 +17,7 @@ from rso_ds.comm.ddp_hooks import HookState, forget_overflow_
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOUnsupportedError
 from rso_ds.layers import rso_layers, target_subspaces
-from rso_ds.layers.targets import is_conv1d
+from rso_ds.layers.linears import is_conv1d
 from rso_ds.subspace import Subspace, lift, project
 
 

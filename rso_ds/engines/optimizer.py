@@ -5,6 +5,7 @@ DeepSpeed has its own adapter in ``rso_ds.engines.deepspeed``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,13 +18,13 @@ from rso_ds.checkpoint import Checkpointer, TrainingState
 from rso_ds.checkpoint.boundary_state import check_boundary_state
 from rso_ds.comm.agreement import agree_on_setup
 from rso_ds.comm.counter import install
-from rso_ds.comm.outcome import agreed
+from rso_ds.comm.outcome import agreed, rank_of
 from rso_ds.config import RSOConfig
 from rso_ds.engines.ddp import replicated_layout
 from rso_ds.engines.fsdp2 import FSDPLayout, is_sharded, refuse_fsdp1
 from rso_ds.engines.used_gradients import mark_used, refuse_unused
 from rso_ds.errors import RSOCheckpointError, RSOConversionError, RSOUnsupportedError
-from rso_ds.layers import check_conversion, rso_layers
+from rso_ds.layers import check_conversion, much_outside, rso_layers
 from rso_ds.layers.form import settle_form
 from rso_ds.layers.partitioned import local_part
 from rso_ds.layers.start import begin_run, refuse_untrained
@@ -32,6 +33,8 @@ from rso_ds.layout import Layout
 from rso_ds.solvers.build import build_solver
 from rso_ds.solvers.groups import IS_SUBSPACE, layer_groups, proximal_hook, solver_groups
 from rso_ds.weights.parameter_masters import ParameterMasters
+
+logger = logging.getLogger(__name__)
 
 
 class RSO(torch.optim.Optimizer):
@@ -74,6 +77,8 @@ class RSO(torch.optim.Optimizer):
             )
         check_conversion(layers, config)
         agree_on_setup(layers, config)
+        if (warning := much_outside(bare)) and rank_of() == 0:
+            logger.warning(warning)
         groups = solver_groups(bare.parameters() if params is None else params, layers, {}, config)
         self.solver = build_solver(groups, config)
         self.step_was_applied = False

@@ -98,21 +98,21 @@ class ReplicatedLayout:
         if self.weight_masters is None:
             self.merge_rows_(name, weight, layer.B, P, decay, partial(rounding, dtype=weight.dtype, name=name))
             return
-        share = -(-layer.out_features // self.world_size)
+        share = -(-weight.shape[0] // self.world_size)
         mine = slice(self.rank * share, (self.rank + 1) * share)
         merged = self.weight_masters.merge(name, weight[mine], layer.B[mine], P, decay)
-        rows = torch.zeros(share, layer.in_features, dtype=weight.dtype, device=weight.device)
+        rows = torch.zeros(share, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
         rows[: merged.shape[0]] = merged.to(weight.dtype)
         everyone = [rows]
         if self.world_size > 1:
             everyone = [torch.empty_like(rows) for _ in range(self.world_size)]
             dist.all_gather(everyone, rows, group=self.group)
-        weight.copy_(torch.cat(everyone)[: layer.out_features])
+        weight.copy_(torch.cat(everyone)[: weight.shape[0]])
 
     def merge_rows_(
         self, name: str, rows: Tensor, B_rows: Tensor, P: Tensor, decay: float, rounded: Callable[[Tensor], Tensor]
     ) -> None:
-        """The merge of ``rows`` [n, in] of W with ``B_rows`` [n, r], in place: by way of fp32 masters, with outer
+        """The merge of ``rows`` [..., in] of W with ``B_rows`` [..., r], in place: by way of fp32 masters, with outer
         momentum, or plainly. ``rounded``: fp32 -> the dtype of W; B_rows and P are on one device, ``rows`` anywhere."""
         keeper = self.weight_masters or self.outer
         if keeper is None:
@@ -123,7 +123,7 @@ class ReplicatedLayout:
         if columns is None:
             rows.copy_(rounded(merged))
         else:
-            write_columns_(rows, columns, rounded(merged.index_select(1, columns)))
+            write_columns_(rows, columns, rounded(merged.index_select(-1, columns)))
 
     def zero(self, layer: SubspaceLayer) -> None:
         layer.B.zero_()
@@ -195,7 +195,7 @@ class ReplicatedLayout:
         number of own elements)."""
         share = -(-weight.shape[0] // self.world_size)
         rows = weight.detach()[self.rank * share : (self.rank + 1) * share]
-        return rows, min(self.rank * share, weight.shape[0]) * weight.shape[1], 0, rows.numel()
+        return rows, min(self.rank * share, weight.shape[0]) * weight[0].numel(), 0, rows.numel()
 
     def reloaded(self) -> None:
         """Called after a checkpoint has filled the memory that the methods above have shown."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOUnsupportedError
+from rso_ds.layers.kinds import ordinary_name, ordinary_weight
 from rso_ds.layers.partitioned import is_partitioned, local_part, partition_as
 from rso_ds.layers.state_dict import effective_weight, zero_b
 from rso_ds.subspace import Subspace
@@ -23,6 +24,7 @@ class SubspaceLayer(nn.Module):
         weight [out, in]: W, frozen; only a subspace boundary changes it.
         B [out, rank]: trainable, 0 at the start of every subspace.
         bias [out] or None: trained densely.
+    Of E stacked experts weight is [E, out, in] and B [E, out, rank]: E * out ``rows`` that have one P.
     ``subspace`` holds P [in, rank]. Boundary, engines, checkpoints and the account know a layer by these
     attributes alone. Tied layers have one weight, one B and one subspace between them.
 
@@ -31,7 +33,7 @@ class SubspaceLayer(nn.Module):
     """
 
     form = "two_path"  # or "folded": between two steps W holds B P^T and B is 0
-    kind: str  # of the ordinary module: "linear", "conv1d" (weight stored [in, out] there) or "embedding"
+    kind: str  # of the ordinary layer: rso_ds.layers.kinds
     weight: nn.Parameter
     B: nn.Parameter
     bias: nn.Parameter | None
@@ -49,9 +51,12 @@ class SubspaceLayer(nn.Module):
         out_features: int,
         subspace: Subspace,
         B: nn.Parameter | None = None,
+        experts: int | None = None,
     ) -> None:
-        """``B``: that of the layer to which this one is tied; a new one, zero, if None."""
+        """``B``: that of the layer to which this one is tied; a new one, zero, if None. ``experts``: E of stacked
+        experts, else None."""
         super().__init__()
+        self.experts = experts
         self.in_features = in_features
         self.out_features = out_features
         self.subspace = subspace
@@ -59,9 +64,15 @@ class SubspaceLayer(nn.Module):
         self.weight.requires_grad_(False)
         self.bias = bias
         if B is None:
-            B = nn.Parameter(torch.zeros(out_features, subspace.rank, dtype=weight.dtype, device=weight.device))
+            shape = (*(() if experts is None else (experts,)), out_features, subspace.rank)
+            B = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
             B = partition_as(B, weight)
         self.B = B
+
+    @property
+    def rows(self) -> int:
+        """Rows of W, and of B, over all experts."""
+        return self.out_features * (self.experts or 1)
 
     def reset_parameters(self) -> None:
         """W and bias as the ordinary layer begins, B zero: for models made on the meta device."""
@@ -115,19 +126,21 @@ class SubspaceLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "B"]
-        if is_partitioned(self.weight):
-            return  # an empty place-holder, as of any parameter under ZeRO-3
+        name = ordinary_name(prefix.removesuffix("."), self.kind)
         shown: Tensor = destination[prefix + "weight"]  # W itself if B is zero, detached or not as was asked for
+        if name != prefix + "weight":
+            del destination[prefix + "weight"]
+        if is_partitioned(self.weight):
+            destination[name] = shown  # an empty place-holder, as of any parameter under ZeRO-3
+            return
         weight = effective_weight(self.weight, self.B, self.current_projection, self.subspace.draw)
-        weight = shown if weight is self.weight else weight
-        destination[prefix + "weight"] = weight.t() if self.kind == "conv1d" else weight
+        destination[name] = ordinary_weight(shown if weight is self.weight else weight, self.kind)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         weight, raw = state_dict.get(prefix + "weight"), prefix + "B" in state_dict
         if weight is not None and not raw:
             state_dict = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-            if self.kind == "conv1d":
-                weight = state_dict[prefix + "weight"] = weight.t()
+            weight = state_dict[prefix + "weight"] = ordinary_weight(weight, self.kind)
             state_dict[prefix + "B"] = zero_b(self.B, weight)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self.was_loaded = "raw" if raw else "dense"

@@ -16,11 +16,15 @@ from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.base import SubspaceLayer, rso_layers, subspace_modules
 from rso_ds.layers.embedding import RSOEmbedding
+from rso_ds.layers.experts import RSOExperts
 from rso_ds.layers.foreign import refuse_foreign
+from rso_ds.layers.kinds import is_turned, ordinary_shape, ordinary_weight
 from rso_ds.layers.linear import RSOLinear
+from rso_ds.layers.linears import is_conv1d
 from rso_ds.layers.partitioned import full_shape, gathered, is_partitioned, partition_as, whole
 from rso_ds.layers.shared_input import SharedInput
-from rso_ds.layers.targets import is_conv1d, matches, name_some, resolve_targets, select_targets, shared_input_key
+from rso_ds.layers.stacked import Ordinary, StackedLinear, ordinary_layer
+from rso_ds.layers.targets import describe_dense, matches, resolve_targets, select_targets, shared_input_key
 from rso_ds.layers.ties import tied_targets
 from rso_ds.saved import apply_lean, pass_on, remove_lean
 from rso_ds.subspace import Subspace
@@ -33,8 +37,8 @@ logger = logging.getLogger(__name__)
 class Conversion:
     """What ``convert`` did. ``layers`` maps names to layers in model order, tied ones once; ``replaced`` maps the
     id of each original weight Parameter to the B that is trained in its place. ``originals`` keeps those
-    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` maps the layers that
-    'targets' selects and that other code reads the weight of to the name of that code."""
+    weights alive, since the id of a freed one may be given to another parameter. ``left_dense`` says of the layers that
+    'targets' selects, and that train densely all the same, why (``rso_ds.layers.targets.select_targets``)."""
 
     layers: dict[str, SubspaceLayer]
     replaced: dict[int, nn.Parameter]
@@ -43,13 +47,15 @@ class Conversion:
 
 
 def convert(model: nn.Module, config: RSOConfig) -> Conversion:
-    """Replace, in place, the layers that ``config.targets`` selects by ``RSOLinear`` or ``RSOEmbedding``.
+    """Replace, in place, the layers that ``config.targets`` selects by ``RSOLinear``, ``RSOEmbedding`` or
+    ``RSOExperts``.
 
-    W keeps its Parameter object (a transposed copy for Conv1D), its name and its dtype; B is added under
-    the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
+    W keeps its Parameter object (a transposed copy where it was stored [in, out]), its name and its dtype; B is added
+    under the layer's name. A tied embedding and head, both selected, stay tied: one W, one B, one P. The rest of
     the block becomes lean as ``config.lean`` says (``rso_ds.saved``). Layers whose weight the caller has frozen
-    stay as they are, and so do those whose weight other code reads by itself, which a warning names. Works on plain
-    models, on the meta device, and on models built under ``deepspeed.zero.Init``.
+    stay as they are, and so do those that cannot train in a subspace or that "default" and "all-linear" leave dense,
+    which a warning names. Works on plain models, on the meta device, and on models built under
+    ``deepspeed.zero.Init``.
 
     Raises ``RSOConversionError`` if nothing matches, the model is converted already, the rank exceeds a
     layer's smaller side, or a target's weight is tied to another parameter's use; ``RSOUnsupportedError`` for a
@@ -59,16 +65,19 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         raise RSOConversionError("the model has RSO layers already: convert a model once.")
     refuse_foreign(model)
     selected, left_dense = select_targets(model, config.targets)
-    names = [n for n in selected if n not in left_dense and model.get_submodule(n).weight.requires_grad]
+    ordinary = {name: ordinary_layer(model, name) for name in selected}
+    trains = [name for name in selected if _trains(ordinary[name])]
+    left_dense = {name: left_dense[name] for name in trains if name in left_dense}
+    names = [name for name in trains if name not in left_dense and ordinary[name].weight.requires_grad]
     if not names:
         raise RSOConversionError(
             "every layer that 'targets' selects is frozen (requires_grad is False): nothing to train in a subspace."
         )
-    ties = tied_targets(model, names)
+    ties = tied_targets(model, _modules(ordinary, names))
     names = [name for name in names if name not in ties]
-    shapes = {name: _shape(model.get_submodule(name)) for name in names}
+    shapes = {name: _shape(ordinary[name]) for name in names}
     groups = [(members, _rank(members, shapes, config)) for members in _groups(names, shapes)]
-    _select_dense(model, config, names)
+    _select_dense(model, config, {id(ordinary[name].weight) for name in names})
     pieces = config.lean if isinstance(config.lean, str) else [p for p in config.lean if p != "shared_input"]
     apply_lean(model, pieces)
     # Nothing above changed a layer: a refused model is as it was.
@@ -81,24 +90,19 @@ def convert(model: nn.Module, config: RSOConfig) -> Conversion:
         subspace = _subspace(subspaces, members, shapes[members[0]][1], rank, config)
         shared = _shared_input(model, members, config)
         for name in members:
-            old = model.get_submodule(name)
-            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, form, config)
+            old = ordinary[name]
             originals.append(old.weight)  # type: ignore[arg-type]
-            replaced[id(old.weight)] = layer.B
+            layers[name] = layer = _replacement(old, shapes[name], subspace, shared, form, config)
+            replaced[id(originals[-1])] = layer.B
             _put(model, old, layer)
     for name, first in ties.items():
-        old, tied = model.get_submodule(name), layers[first]
+        old, tied = ordinary[name], layers[first]
         layer = _replacement(old, shapes[first], tied.subspace, SharedInput(1), form, config, tied.B)
         layer.__dict__["tied_to"] = tied
         _put(model, old, layer)
+    model.__dict__["_rso_left_dense"] = left_dense
     if left_dense:
-        logger.warning(
-            "%d layers stay dense, since other code reads their weight by itself (%s), which would be W without B P^T:"
-            " %s.",
-            len(left_dense),
-            ", ".join(sorted(set(left_dense.values()))),
-            name_some(list(left_dense)),
-        )
+        logger.warning("%d layers that 'targets' selects stay dense: %s.", len(left_dense), describe_dense(left_dense))
     return Conversion({name: layers[name] for name in names}, replaced, originals, left_dense)
 
 
@@ -108,8 +112,9 @@ def target_subspaces(model: nn.Module, config: RSOConfig) -> dict[str, Subspace]
     Raises ``RSOConversionError`` as ``convert`` does for targets and ranks.
     """
     names = resolve_targets(model, config.targets)
-    ties = tied_targets(model, names)
-    shapes = {name: _shape(model.get_submodule(name)) for name in names if name not in ties}
+    ordinary = {name: ordinary_layer(model, name) for name in names}
+    ties = tied_targets(model, _modules(ordinary, names))
+    shapes = {name: _shape(ordinary[name]) for name in names if name not in ties}
     found: dict[str, Subspace] = {}
     result: dict[str, Subspace] = {}
     for members in _groups(list(shapes), shapes):
@@ -173,15 +178,36 @@ def to_dense(model: nn.Module) -> nn.Module:
         layer.detach()
         dense = dense_layer(layer, merged.get(id(layer.B)))
         merged[id(layer.B)] = dense.weight  # type: ignore[assignment]
-        _put(model, layer, dense)
+        if isinstance(layer, RSOExperts):
+            layer.give_back(dense.weight)  # type: ignore[arg-type]
+        else:
+            _put(model, layer, dense)
     remove_lean(model)
+    model.__dict__.pop("_rso_left_dense", None)
     return model
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, Conv1D or embedding, partitioned or not."""
-    rows, cols = full_shape(module.weight)  # type: ignore[arg-type]
-    return (cols, rows) if is_conv1d(module) else (rows, cols)
+def _modules(ordinary: Mapping[str, Ordinary], names: list[str]) -> list[str]:
+    return [name for name in names if isinstance(ordinary[name], nn.Module)]
+
+
+def _trains(ordinary: Ordinary) -> bool:
+    params = [ordinary.weight] if isinstance(ordinary, StackedLinear) else ordinary.parameters(recurse=False)
+    return any(param.requires_grad for param in params)
+
+
+def _kind(ordinary: Ordinary) -> str:
+    if isinstance(ordinary, StackedLinear):
+        return "experts_t" if ordinary.transposed else "experts"
+    if type(ordinary) is nn.Embedding:
+        return "embedding"
+    return "conv1d" if is_conv1d(ordinary) else "linear"
+
+
+def _shape(ordinary: Ordinary) -> tuple[int, int]:
+    """(out, in) of a linear layer, Conv1D, embedding or one of stacked experts, partitioned or not."""
+    shape = ordinary_shape(full_shape(ordinary.weight), _kind(ordinary))
+    return shape[-2], shape[-1]
 
 
 def _groups(names: list[str], shapes: dict[str, tuple[int, int]]) -> list[list[str]]:
@@ -225,8 +251,11 @@ def _shared_input(model: nn.Module, members: list[str], config: RSOConfig) -> Sh
     return shared
 
 
+_HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_", "_backward_", "_is_full_backward"))]
+
+
 def _replacement(
-    old: nn.Module,
+    old: Ordinary,
     shape: tuple[int, int],
     subspace: Subspace,
     shared: SharedInput,
@@ -236,23 +265,34 @@ def _replacement(
 ) -> SubspaceLayer:
     weight: nn.Parameter = old.weight  # type: ignore[assignment]
     out_features, in_features = shape
+    kind = _kind(old)
+    if is_turned(kind):
+        with torch.no_grad(), gathered([weight]):
+            turned = nn.Parameter(ordinary_weight(weight.detach(), kind).contiguous())
+        weight = partition_as(turned, weight)
     layer: SubspaceLayer
-    if type(old) is nn.Embedding:
+    if isinstance(old, StackedLinear):
+        layer = RSOExperts(weight, in_features, out_features, subspace, kind, full_shape(weight)[0])
+    elif type(old) is nn.Embedding:
         layer = RSOEmbedding(weight, in_features, out_features, subspace, old.padding_idx, B)
     else:
-        conv1d = is_conv1d(old)
-        if conv1d:
-            with torch.no_grad(), gathered([weight]):
-                turned = nn.Parameter(weight.detach().t().contiguous())
-            weight = partition_as(turned, weight)
-        layer = RSOLinear(weight, old.bias, in_features, out_features, subspace, shared, conv1d, B)  # type: ignore[arg-type]
+        bias: nn.Parameter | None = old.bias  # type: ignore[assignment]
+        layer = RSOLinear(weight, bias, in_features, out_features, subspace, shared, kind == "conv1d", B)
+        layer.take_the_place_of(old)
+        pass_on(old, layer)
+    if isinstance(old, nn.Module):
+        for key in _HOOKS:  # those of the caller: their handles still remove them
+            layer.__dict__[key] = old.__dict__[key]
     layer.form, layer.converted_with = form, config
     layer.train(old.training)
-    pass_on(old, layer)
     return layer
 
 
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _put(model: nn.Module, old: Ordinary, new: nn.Module) -> None:
+    if isinstance(old, StackedLinear):
+        assert isinstance(new, RSOExperts)
+        new.attach(old.owner, old.leaf)
+        return
     # A module may hang in several places (ALBERT shares its blocks): replace every reference.
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
@@ -260,11 +300,10 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[child_name] = new
 
 
-def _select_dense(model: nn.Module, config: RSOConfig, targets: list[str]) -> None:
+def _select_dense(model: nn.Module, config: RSOConfig, ours: set[int]) -> None:
     if config.dense == "all":
         return
     patterns = () if config.dense == "none" else config.dense
-    ours = {id(model.get_submodule(name).weight) for name in targets}
     others = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in ours]
     for pattern in patterns:
         if not any(matches(n, (pattern, pattern + ".weight", pattern + ".bias")) for n, _ in others):

@@ -14,7 +14,7 @@ from rso_ds.subspace import Subspace, add_lifted_, project
 
 
 class _SubspaceEmbedding(torch.autograd.Function):
-    """(ids, W, B, P, padding_idx) -> rows of W + B P^T. torch's own index_add would keep B[ids]."""
+    """(ids, W, B, P, padding_idx) -> rows [tokens, hidden] of W + B P^T. torch's own index_add would keep B[ids]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -24,7 +24,7 @@ class _SubspaceEmbedding(torch.autograd.Function):
         rows = add_lifted_(F.embedding(flat, weight), F.embedding(flat, B), P)
         ctx.save_for_backward(ids, P)
         ctx.vocab, ctx.dtype, ctx.padding_idx = B.shape[0], B.dtype, -1 if padding_idx is None else padding_idx
-        return rows.view(*ids.shape, rows.shape[-1])
+        return rows
 
     @staticmethod
     @once_differentiable
@@ -47,7 +47,8 @@ def subspace_embedding(ids: Tensor, weight: Tensor, B: Tensor, P: Tensor, paddin
     ``padding_idx`` of B gets no gradient. Kept for backward: ids, and a reference to P. The gradient of B is
     [vocab, r] and dense.
     """
-    return _SubspaceEmbedding.apply(ids, weight, B, P, padding_idx)
+    rows = _SubspaceEmbedding.apply(ids, weight, B, P, padding_idx)
+    return rows.view(*ids.shape, rows.shape[-1])  # not a view made inside, which nothing may change in place
 
 
 class RSOEmbedding(SubspaceLayer):

@@ -32,16 +32,20 @@ LOW_PRECISION_MERGE, LOW_PRECISION_ELEMENT = 9, 7000
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One W [out, in] with its rank; ``linear``: not an embedding."""
+    """One W [out, in] with its rank; ``linear``: not an embedding. ``experts``: E of stacked ones, of which a token is
+    counted to meet one, the least that it can."""
 
     out_features: int
     in_features: int
     rank: int
     linear: bool = True
+    experts: int = 1
 
     @classmethod
     def of(cls, layer: SubspaceLayer) -> Shape:
-        return cls(layer.out_features, layer.in_features, layer.subspace.rank, layer.kind != "embedding")
+        return cls(
+            layer.out_features, layer.in_features, layer.subspace.rank, layer.kind != "embedding", layer.experts or 1
+        )
 
 
 def choose_form(
@@ -84,9 +88,10 @@ def _operations(config: RSOConfig, shapes: Iterable[Shape], low_precision: bool)
     for s in shapes:
         width = transform_cost(s.in_features, s.rank) if config.sampler == "srht" else s.rank
         if coordinate:
-            cost += s.out_features * s.rank * (LOW_PRECISION_ELEMENT if low_precision else 1)
+            cost += s.experts * s.out_features * s.rank * (LOW_PRECISION_ELEMENT if low_precision else 1)
         else:
-            cost += 2 * s.out_features * s.in_features * width * (LOW_PRECISION_MERGE if low_precision else 1)
+            merged = 2 * s.experts * s.out_features * s.in_features * width
+            cost += merged * (LOW_PRECISION_MERGE if low_precision else 1)
         if s.linear:
             saved += 2 * (2 * s.out_features * s.rank + (0 if coordinate else s.in_features * width))
     return cost, saved

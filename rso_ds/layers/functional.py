@@ -42,11 +42,11 @@ def _forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, B: Tensor, P
     ctx.save_for_backward(z, weight, B, P)
     ctx.set_materialize_grads(False)
     ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-    return y.view(*x.shape[:-1], y.shape[-1]), z
+    return y, z
 
 
 class _SubspaceLinear(torch.autograd.Function):
-    """(x, W, B, P, b) -> (y, z); z is an output so that other layers with this x can use it."""
+    """(x, W, B, P, b) -> (y [tokens, out], z); z is an output so that other layers with this x can use it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -75,7 +75,7 @@ class _SubspaceLinear(torch.autograd.Function):
 
 
 class _SharingLinear(torch.autograd.Function):
-    """(x, z, W, B, b) -> y, with the z of the layer that was called first with this x."""
+    """(x, z, W, B, b) -> y [tokens, out], with the z of the layer that was called first with this x."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -102,7 +102,8 @@ class _SharingLinear(torch.autograd.Function):
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """(x, z, W, B, b) -> y, where W holds B P^T; z = x P is a constant to autograd, of B only the gradient counts."""
+    """(x, z, W, B, b) -> y [tokens, out], where W holds B P^T; z = x P is a constant to autograd, of B only the
+    gradient counts."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -111,7 +112,7 @@ class _FoldedLinear(torch.autograd.Function):
         y = _times_weight(_rows(x), weight, bias)
         ctx.save_for_backward(z, weight)
         ctx.x_dtype, ctx.x_shape, ctx.b_dtype = x.dtype, x.shape, B.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -128,6 +129,15 @@ class _FoldedLinear(torch.autograd.Function):
         )
 
 
+def _in_shape(y: Tensor, x: Tensor) -> Tensor:
+    """y [tokens, out] as [..., out] of x [..., in].
+
+    Outside of the functions above: autograd refuses changes in place, with which Falcon adds residuals, to views that
+    were made inside.
+    """
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 @torch.no_grad()
 def projected_input(x: Tensor, P: Tensor) -> Tensor:
     """z = x P [tokens, r] for ``folded_linear``, in the dtype of the computation. Shapes: x [..., in], P [in, r] or
@@ -140,7 +150,7 @@ def folded_linear(x: Tensor, z: Tensor, weight: Tensor, B: Tensor, bias: Tensor 
 
     Shapes and dtypes as in ``subspace_linear_and_z``. Kept for backward: z, and a reference to weight.
     """
-    return _FoldedLinear.apply(x, z, weight, B, bias)
+    return _in_shape(_FoldedLinear.apply(x, z, weight, B, bias), x)
 
 
 def subspace_linear_and_z(
@@ -152,12 +162,13 @@ def subspace_linear_and_z(
     returns [..., out] and [tokens, r], computed in x's dtype, or in autocast's where autocast is on. Kept
     for backward: z, and references to weight, B and P; never x.
     """
-    return _SubspaceLinear.apply(x, weight, B, P, bias)
+    y, z = _SubspaceLinear.apply(x, weight, B, P, bias)
+    return _in_shape(y, x), z
 
 
 def sharing_linear(x: Tensor, z: Tensor, weight: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + z B^T + bias`` with the z [tokens, r] that ``subspace_linear_and_z`` gave for the same x."""
-    return _SharingLinear.apply(x, z, weight, B, bias)
+    return _in_shape(_SharingLinear.apply(x, z, weight, B, bias), x)
 
 
 def subspace_linear(x: Tensor, weight: Tensor, B: Tensor, P: Tensor, bias: Tensor | None = None) -> Tensor:

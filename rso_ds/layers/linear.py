@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from torch import Tensor, nn
 
 from rso_ds.layers.base import SubspaceLayer
@@ -16,6 +20,9 @@ class RSOLinear(SubspaceLayer):
     ``shared_input`` serves the layers that are fed the same x. ``conv1d`` records that the layer was a
     transformers ``Conv1D`` (weight stored [in, out] there).
     """
+
+    _stock_class: type[nn.Linear] = nn.Linear
+    _stock_attributes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -65,10 +72,19 @@ class RSOLinear(SubspaceLayer):
             weight = nn.Parameter(weight.detach().t().contiguous())
         else:
             linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+            linear.__class__ = self._stock_class
+            linear.__dict__.update(self._stock_attributes)
         linear.weight = weight
         if bias is not None:
             linear.bias = bias
         return linear
+
+    def take_the_place_of(self, linear: nn.Module) -> None:
+        """``stock`` gives back the subclass of ``nn.Linear`` that ``linear`` has, with the attributes that it added."""
+        if type(linear) is not nn.Linear and isinstance(linear, nn.Linear):
+            common = vars(nn.Linear(1, 1, device="meta"))
+            self._stock_class = type(linear)
+            self._stock_attributes = {key: value for key, value in vars(linear).items() if key not in common}
 
     def detach(self) -> None:
         self.shared_input.detach()

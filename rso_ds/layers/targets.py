@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from rso_ds.errors import RSOConversionError
 from rso_ds.layers.bypass import weight_readers
-
-_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-
-# Linear layers of the transformer blocks, by Hugging Face ``config.model_type``. Routers of
-# mixture-of-experts models, poolers and task heads are left dense on purpose.
-DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gpt2": ("c_attn", "c_proj", "c_fc"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-}
+from rso_ds.layers.default_targets import DEFAULT_TARGETS
+from rso_ds.layers.left_dense import left_dense
+from rso_ds.layers.linears import is_conv1d as is_conv1d
+from rso_ds.layers.linears import is_lazy, is_linear, obstacle
+from rso_ds.layers.stacked import Ordinary, StackedLinear, ordinary_layer, stacked_linears
 
 # Items of ``targets`` that stand for a layer by its place in the model: the method that returns it.
 PLACES = {"embeddings": "get_input_embeddings", "head": "get_output_embeddings"}
 
-# Siblings (children of one module) that are fed the same tensor, so that one P serves all.
+# Siblings (children of one module) that are fed the same tensor, so that one P serves all. In cross attention query
+# has another input: it has the same P, and a z of its own (``rso_ds.layers.shared_input``).
 SHARED_INPUT: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
     ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
+    ("query", "key", "value", "conv_out_layer"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("pos_proj", "pos_q_proj"),
+    ("pos_key_proj", "pos_query_proj"),
+    ("q_head", "k_head", "v_head"),
 )
 
 
@@ -51,70 +45,112 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return False
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' ``Conv1D`` (GPT-2), a linear layer whose weight is stored [in, out]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Names of the layers of ``model`` that train in a subspace by ``targets``: ``select_targets`` without those left
     dense."""
-    selected, left_dense = select_targets(model, targets)
-    return [name for name in selected if name not in left_dense]
+    selected, dense = select_targets(model, targets)
+    return [name for name in selected if name not in dense]
 
 
 def select_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(names of the layers of ``model`` that ``targets`` selects, in model order; those of them that cannot train in a
-    subspace, since another module reads their weight, with the name of the function that does: ``weight_readers``).
+    """(names of the layers of ``model`` that ``targets`` selects, in model order; {name: why} for those of
+    them that stay dense).
 
-    They are linear layers, and the input embedding if ``targets`` has the item "embeddings". Raises
-    ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that cannot train in a
-    subspace, if 'default' is asked for a model type that has no entry in ``DEFAULT_TARGETS``, or if the embedding or
-    head is of a kind that cannot train in a subspace.
+    They are linear layers (of subclasses of ``nn.Linear`` too), experts stacked in one parameter, and the input
+    embedding if ``targets`` has the item "embeddings". A layer stays dense if it cannot train in a subspace
+    (``obstacle``, ``weight_readers``), or if "default" or "all-linear" alone selects it and it is a head, a pooler or a
+    router (``left_dense``).
+
+    Raises ``RSOConversionError`` if nothing matches, if a pattern matches nothing or only layers that stay dense, if
+    'default' is asked for a model type that has no entry in ``DEFAULT_TARGETS``, if a layer is lazy, or if the
+    embedding or head is of a kind that cannot train in a subspace.
     """
-    candidates = [name for name, module in model.named_modules() if is_linear(module)]
-    if targets == "all-linear":
-        output = _at_place(model, "head")
-        selected = [n for n in candidates if model.get_submodule(n) is not output]
-        left_dense = weight_readers(model, selected)
-        _refuse_readers("all-linear", selected, left_dense)
-        return selected, left_dense
+    layers = _layers(model)
+    candidates = [name for name, layer in layers.items() if isinstance(layer, StackedLinear) or is_linear(layer)]
+    if not candidates:
+        raise RSOConversionError(f"'targets': {type(model).__name__} has no linear layer (nn.Linear, Conv1D).")
     patterns: list[str] = []
     placed: set[str] = set()
-    for item in ("default",) if targets == "default" else tuple(targets):
+    by_rule = set(candidates) if targets == "all-linear" else set()
+    for item in () if targets == "all-linear" else ("default",) if targets == "default" else tuple(targets):
         if item in PLACES:
             placed.add(_name_at_place(model, item))
+        elif item == "default":
+            by_rule = _defaults(model, candidates)
+            by_rule |= {name for name in candidates if isinstance(layers[name], StackedLinear)}
         else:
-            patterns.extend(_defaults_for(model) if item == "default" else (item,))
-    for pattern in patterns:
-        if not any(matches(name, (pattern,)) for name in candidates):
-            raise RSOConversionError(
-                f"'targets': no linear layer of {type(model).__name__} matches {pattern!r}."
-                f" Its linear layers end in: {', '.join(_endings(candidates)) or '(it has none)'}."
-                ' The token embedding is selected by the word "embeddings".'
-            )
-    chosen = {name for name in candidates if matches(name, patterns)} | placed
-    selected = [name for name, _ in model.named_modules() if name in chosen]
-    left_dense = weight_readers(model, selected)
-    for name in placed:
-        _refuse_readers(name, [name], left_dense)
-    for pattern in patterns:
-        _refuse_readers(pattern, [name for name in candidates if matches(name, (pattern,))], left_dense)
-    return selected, left_dense
+            patterns.append(item)
+    matched = {pattern: [name for name in candidates if matches(name, (pattern,))] for pattern in patterns}
+    for pattern, found in matched.items():
+        if not found:
+            raise _nothing_matches(model, candidates, repr(pattern))
+    named = placed.union(*matched.values())
+    selected = [name for name in layers if name in named | by_rule]
+    dense = _why_dense(model, selected, by_rule - named)
+    asked = {name: [name] for name in placed} | matched
+    asked["all-linear" if targets == "all-linear" else "default"] = [n for n in selected if n in by_rule]
+    for pattern, names in asked.items():
+        _refuse_all_dense(pattern, names, dense)
+    return selected, dense
 
 
-def _refuse_readers(pattern: str, names: Sequence[str], left_dense: Mapping[str, str]) -> None:
-    if names and all(name in left_dense for name in names):
+def _layers(model: nn.Module) -> dict[str, Ordinary]:
+    """Every module of ``model``, and every parameter that is stacked experts after the module that has it."""
+    found: dict[str, Ordinary] = {}
+    for name, module in model.named_modules():
+        found[name] = module
+        found.update((f"{name}.{leaf}" if name else leaf, experts) for leaf, experts in stacked_linears(module).items())
+    return found
+
+
+def _why_dense(model: nn.Module, selected: Sequence[str], by_rule: Collection[str]) -> dict[str, str]:
+    found = {name: ordinary_layer(model, name) for name in selected}
+    modules = {name: layer for name, layer in found.items() if isinstance(layer, nn.Module)}
+    lazy = [name for name, module in modules.items() if is_lazy(module)]
+    if lazy:
         raise RSOConversionError(
-            f"'targets': every layer that {pattern!r} selects ({name_some(names)}) stays dense, since"
-            f" {left_dense[names[0]]} reads its weight by itself, which is W without B P^T. Select other layers (these"
-            " train densely), or let that code call the layer."
+            f"'targets': the size of {name_some(lazy)} is not known before its first input (nn.LazyLinear): run one"
+            " batch through the model before conversion."
         )
+    obstacles = {name: obstacle(module) for name, module in modules.items() if is_linear(module)}
+    dense = {name: why for name, why in obstacles.items() if why is not None}
+    dense |= left_dense(model, [name for name in modules if name in by_rule])
+    for name, reader in weight_readers(model, [name for name in modules if name not in dense]).items():
+        dense[name] = f"{reader} reads its weight by itself, which would be W without B P^T"
+    return {name: dense[name] for name in selected if name in dense}
+
+
+def describe_dense(dense: Mapping[str, str]) -> str:
+    """``dense`` ({name: why}) in a sentence, the names of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, why in dense.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{name_some(found)}: {why}" for why, found in names.items())
+
+
+def _refuse_all_dense(pattern: str, names: Sequence[str], dense: Mapping[str, str]) -> None:
+    if names and all(name in dense for name in names):
+        raise RSOConversionError(
+            f"'targets': every layer that {pattern!r} selects stays dense:"
+            f" {describe_dense({name: dense[name] for name in names})}. Select other layers: these train densely."
+        )
+
+
+def _defaults(model: nn.Module, candidates: Sequence[str]) -> set[str]:
+    # Not every model of a type has all of them: T5 is gated or not, DeepSeek has a low-rank query or not.
+    patterns = _defaults_for(model)
+    found = {name for name in candidates if matches(name, patterns)}
+    if not found:
+        raise _nothing_matches(model, candidates, f"the default of its model type ({', '.join(patterns)})")
+    return found
+
+
+def _nothing_matches(model: nn.Module, candidates: Sequence[str], what: str) -> RSOConversionError:
+    return RSOConversionError(
+        f"'targets': no linear layer of {type(model).__name__} matches {what}."
+        f" Its linear layers end in: {', '.join(_endings(candidates))}."
+        ' The token embedding is selected by the word "embeddings".'
+    )
 
 
 def name_some(names: Sequence[str], most: int = 6) -> str:
@@ -138,7 +174,7 @@ def _defaults_for(model: nn.Module) -> tuple[str, ...]:
         raise RSOConversionError(
             f"'targets': no default for model type {model_type!r} ({type(model).__name__}). Name the layers,"
             ' for instance "targets": ["q_proj", "v_proj"], or use "all-linear" (every linear layer'
-            f" except the output head). Known types: {', '.join(sorted(DEFAULT_TARGETS))}."
+            f" except heads, poolers and routers). Known types: {', '.join(sorted(DEFAULT_TARGETS))}."
         )
     return DEFAULT_TARGETS[model_type]
 
@@ -170,7 +206,7 @@ def _name_at_place(model: nn.Module, place: str) -> str:
             f' {place!r} out of the list, or name a linear layer by a glob ("*{place}").'
         )
     wanted = "nn.Embedding" if place == "embeddings" else "nn.Linear or Conv1D"
-    if not (type(module) is nn.Embedding if place == "embeddings" else is_linear(module)):
+    if not (type(module) is nn.Embedding if place == "embeddings" else is_linear(module) and obstacle(module) is None):
         raise RSOConversionError(
             f"'targets': {place!r}: {name} is of class {type(module).__name__} and only {wanted} itself can train in a"
             f" subspace: leave {place!r} out of the list."

@@ -73,9 +73,16 @@ def apply_lean(model: nn.Module, pieces: str | Sequence[str]) -> dict[str, int]:
             )
     for plan in plans.values():
         for module, forward, settings in plan:
-            module.__class__ = _lean_class(type(module), forward)  # type: ignore[arg-type]
-            module.__dict__["_lean"] = settings
+            replace_forward(module, forward, settings)
     return {piece: len(plan) for piece, plan in plans.items()}
+
+
+def replace_forward(module: nn.Module, forward: Any, settings: dict[str, Any]) -> None:
+    """Let ``module`` compute with ``forward(self, ...)``, which finds ``settings`` in ``self._lean``, until
+    ``remove_lean``. A module whose forward has been replaced gets the new settings alone."""
+    if getattr(type(module), "_lean_forward", None) is not forward:
+        module.__class__ = _lean_class(type(module), forward)  # type: ignore[arg-type]
+    module.__dict__["_lean"] = settings
 
 
 def pass_on(old: nn.Module, new: nn.Module) -> None:

@@ -72,7 +72,10 @@ def lift(z: Tensor, P: Tensor, in_features: int) -> Tensor:
 
 
 def add_lifted_(base: Tensor, z: Tensor, P: Tensor, beta: float = 1.0) -> Tensor:
-    """``base <- beta * base + z P^T`` in place: base [rows, in], z [rows, r] of one dtype."""
+    """``base <- beta * base + z P^T`` in place: base [..., in], z [..., r] of one dtype."""
+    if base.dim() > 2:
+        add_lifted_(base.view(-1, base.shape[-1]), z.reshape(-1, z.shape[-1]), P, beta)
+        return base
     if is_coordinates(P):
         base = base if beta == 1.0 else base.mul_(beta)
         # The coordinates are distinct. Along the last dimension index_add_ is several times slower on CPU.

@@ -14,7 +14,7 @@ from rso_ds.weights.precision import full_precision
 def merged_weight(weight: Tensor, B: Tensor, P: Tensor, decay: float = 1.0, in_place: bool = False) -> Tensor:
     """``decay * weight + B P^T`` in fp32 (fp64 if the weight is).
 
-    Shapes: weight [rows, in], B [rows, r], P [in, r] or coordinates [r], all on one device; any subset of
+    Shapes: weight [..., in], B [..., r], P [in, r] or coordinates [r], all on one device; any subset of
     rows will do. ``in_place``: the result may be ``weight`` itself, if it is of that dtype.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -35,8 +35,8 @@ def merge_(weight: Tensor, B: Tensor, P: Tensor, decay: float, rounded: Callable
         if merged is not weight:
             weight.copy_(rounded(merged))
         return
-    values = weight.index_select(1, columns.to(weight.device)).to(P.device, dtype)
-    write_columns_(weight, columns, rounded(values.add_(coordinate_columns(B.to(dtype), P, weight.shape[1]))))
+    values = weight.index_select(-1, columns.to(weight.device)).to(P.device, dtype)
+    write_columns_(weight, columns, rounded(values.add_(coordinate_columns(B.to(dtype), P, weight.shape[-1]))))
 
 
 def changed_columns(P: Tensor, decay: float) -> Tensor | None:
@@ -45,5 +45,5 @@ def changed_columns(P: Tensor, decay: float) -> Tensor | None:
 
 
 def write_columns_(weight: Tensor, columns: Tensor, values: Tensor) -> None:
-    """``weight[:, columns] <- values`` [rows, r], from whichever device."""
-    weight.index_copy_(1, columns.to(weight.device), values.to(weight.device))
+    """``weight[..., columns] <- values`` [..., r], from whichever device."""
+    weight.index_copy_(-1, columns.to(weight.device), values.to(weight.device))

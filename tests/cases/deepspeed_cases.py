@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from support import tiny_moe
+
 STEPS, RANK, MICRO = 13, 5, 2
 FORCED = (4, 5)  # steps at which the fp16 tests force an overflow
 
@@ -17,6 +19,7 @@ TOKENS = {"targets": ["default", "embeddings", "head"]}
 ODD_VOCAB = {"vocab": 63}
 TIED = {"tie": True}
 FOLDED, CHOICE = {"form": "folded"}, {"form": None}
+EXPERTS = {"targets": tiny_moe.TARGETS}
 
 RSO_DEFAULTS = {
     "lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "form": "two_path", "torch_adam": True,
@@ -133,6 +136,7 @@ def quick_cases() -> dict[str, dict[str, Any]]:
         cases[f"zero{stage}-checkpointing-{kind}"] = case(stage, checkpointing=kind)
     for stage, kind in ((2, "reentrant"), (3, "non_reentrant")):
         cases[f"zero{stage}-tied-checkpointing-{kind}"] = case(stage, TOKENS, checkpointing=kind, model=TIED)
+    cases |= moe_cases(True)
     both = {"offload_optimizer": CPU, "offload_param": CPU}
     cases["zero3-choice-offload-param"] = case(3, {**CHOICE, "torch_adam": False}, both, claims={"form": "two_path"})
     cases["zero3-init-embeddings"] = case(
@@ -143,6 +147,33 @@ def quick_cases() -> dict[str, dict[str, Any]]:
         3, CHOICE, zero={"zero_hpz_partition_size": 2}, claims={"form": "two_path"}
     )  # last: DeepSpeed keeps its groups for later engines
     return cases
+
+
+def moe_cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """Stacked experts."""
+    if quick:
+        return {
+            "zero2-mixtral-project": moe_case(2, "mixtral", {"carry_over": "project"}, gas=2),
+            "zero3-qwen3_moe": moe_case(3, "qwen3_moe"),
+            "zero3-gpt_oss-folded-decay": moe_case(3, "gpt_oss", {**FOLDED, "weight_decay": 0.1}),
+        }
+    cases = {}
+    for kind in ("mixtral", "qwen3_moe", "gpt_oss"):
+        for stage in range(4):
+            cases[f"zero{stage}-{kind}-reset"] = moe_case(stage, kind, {"carry_over": "reset"})
+        cases[f"zero2-{kind}-choice-coordinate"] = moe_case(2, kind, {**CHOICE, "sampler": "coordinate"})
+        cases[f"zero3-{kind}-init-srht"] = moe_case(3, kind, {"sampler": "srht"}, zero_init=True)
+        cases[f"zero3-{kind}-checkpointing"] = moe_case(3, kind, checkpointing="non_reentrant")
+        cases[f"zero1-{kind}-stock_block"] = moe_case(1, kind, {"lean": "none"})
+    cases["zero2-mixtral-down_alone"] = moe_case(2, "mixtral", {"targets": tiny_moe.DOWN_ALONE})
+    cases["zero3-gpt_oss-offload"] = moe_case(
+        3, "gpt_oss", {"torch_adam": False, "carry_over": "reset"}, zero={"offload_optimizer": CPU}
+    )
+    return cases
+
+
+def moe_case(stage: int, kind: str, rso: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    return case(stage, {**EXPERTS, **(rso or {})}, intermediate=24, model={"moe": kind}, **options)
 
 
 def fp32_cases() -> dict[str, dict[str, Any]]:
@@ -217,4 +248,4 @@ def fp32_cases() -> dict[str, dict[str, Any]]:
     )
     cases["zero3-choice-hpz"] = case(3, CHOICE, zero={"zero_hpz_partition_size": 2})
     cases["zero3-hpz"] = case(3, zero={"zero_hpz_partition_size": 2})
-    return copy.deepcopy({**cases, **quick_cases()})
+    return copy.deepcopy({**cases, **moe_cases(False), **quick_cases()})

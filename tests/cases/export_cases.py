@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from support import tiny_moe
+
 STEPS, MICRO = 5, 2  # with interval 3: in the second subspace
 TOKENS = {"targets": ["default", "embeddings", "head"]}
+EXPERTS = {"targets": tiny_moe.TARGETS}
 BF16 = {"bf16": {"enabled": True}}
 
 
 def case(engine: str, rso: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
     """``json``: keys of the DeepSpeed JSON; ``precision``: FSDP2's compute dtype."""
-    rest = {"stage": 0, "json": {}, "precision": "fp32", "tie": False, **options}
+    rest = {"stage": 0, "json": {}, "precision": "fp32", "tie": False, "moe": None, **options}
     return {"engine": engine, "rso": rso or {}, **rest}
 
 
@@ -26,5 +29,7 @@ CASES = {
     "fsdp2-tied": case("fsdp2", TOKENS, tie=True),
     "fsdp2-bf16": case("fsdp2", TOKENS, precision="bf16"),
     "ddp": case("ddp"),
+    "zero3-gpt_oss": case("deepspeed", EXPERTS, stage=3, moe="gpt_oss"),
+    "fsdp2-qwen3_moe": case("fsdp2", EXPERTS, moe="qwen3_moe"),
     "ddp-local": case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from support import tiny_moe
+
 STEPS, SAVE, GLOBAL_BATCH = 13, 7, 8
 CPU = {"device": "cpu"}
 BF16 = {"bf16": {"enabled": True}}
@@ -13,7 +15,7 @@ TOKENS = {"targets": ["default", "embeddings", "head"]}
 
 def case(engine: str, rso: dict[str, Any] | None = None, zero: dict[str, Any] | None = None, **more: Any) -> dict:
     """``more``: dropout (probability), background (saved while training goes on), precision, and keys of the JSON."""
-    options = {"dropout": 0.0, "background": False, "precision": "fp32", "intermediate": 86}
+    options = {"dropout": 0.0, "background": False, "precision": "fp32", "intermediate": 86, "moe": None}
     return {
         "engine": engine,
         "rso": {
@@ -59,6 +61,8 @@ def two_rank_cases() -> dict[str, dict]:
         )
     for engine in ("zero2", "zero3", "ddp", "fsdp2"):
         cases[f"{engine}-folded"] = case(engine, {"form": "folded"})
+    for engine in ("zero1", "zero3", "fsdp2"):
+        cases[f"{engine}-gpt_oss"] = case(engine, {"targets": tiny_moe.TARGETS}, intermediate=24, moe="gpt_oss")
     cases["zero1-rank3"] = case("zero1", {"rank": 3, "seed": 5, "sampler": "srht"})
     cases["ddp-local"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.3})
     cases["fsdp2-bf16"] = case("fsdp2", precision="bf16")
@@ -78,6 +82,7 @@ CROSSINGS = [
     ("zero2-offload", "zero3"), ("zero3-offload", "zero1"), ("zero1-uneven", "zero3-uneven"),
     ("zero3-bf16-masters", "zero2-bf16-masters"), ("zero1-sgd", "fsdp2-sgd"),
     ("zero3-tokens-project", "ddp-tokens-project"), ("zero1-fp16", "zero3-fp16"),
+    ("zero3-gpt_oss", "fsdp2-gpt_oss"), ("fsdp2-gpt_oss", "zero1-gpt_oss"),
     ("zero1", "zero3-folded"), ("zero3", "ddp-folded"), ("ddp", "fsdp2-folded"), ("zero2-folded", "fsdp2"),
     ("fsdp2-folded", "zero1"), ("zero3-folded", "zero2-folded"), ("zero2-bf16", "zero3-bf16-folded"),
 ]  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from support import tiny_moe
+
 STEPS, RANK, MICRO = 13, 5, 2
 RSO_DEFAULTS = {"lr": 1e-3, "eps": 1e-5, "rank": RANK, "interval": 3, "form": "two_path"}
 
@@ -95,7 +97,12 @@ def quick_two_rank_cases() -> dict[str, dict[str, Any]]:
     return cases
 
 
+def moe_case(engine: str, kind: str, rso: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    return case(engine, {"targets": tiny_moe.TARGETS, **(rso or {})}, intermediate=24, model={"moe": kind}, **options)
+
+
 QUICK_ONE_BY_ONE = {
+    "fsdp2-gpt_oss-uneven", "fsdp2-experts-empty_shard-project",
     "ddp-local", "ddp-local-momentum", "ddp-compressed-bf16", "ddp-compressed-int8", "fsdp2-evaluate-kept",
     "fsdp2-bf16", "ddp-choice", "fsdp2-choice",
 }  # fmt: skip
@@ -150,6 +157,18 @@ def two_rank_cases() -> dict[str, dict[str, Any]]:
         tolerance=1e-2,
         weight_tolerance=3e-2,
     )
+    cases["fsdp2-gpt_oss-uneven"] = moe_case("fsdp2", "gpt_oss", {"carry_over": "project"}, gas=2, clip=0.3)
+    cases["fsdp2-experts-empty_shard-project"] = moe_case("fsdp2", "one_expert", {"carry_over": "project"})
+    for engine in ("ddp", "fsdp2"):
+        for kind in ("mixtral", "qwen3_moe", "gpt_oss"):
+            cases[f"{engine}-{kind}-choice"] = moe_case(engine, kind, CHOICE)
+            cases[f"{engine}-{kind}-coordinate-evaluate"] = moe_case(
+                engine, kind, {**COLUMNS, "carry_over": "project"}, evaluate=True
+            )
+            cases[f"{engine}-{kind}-checkpointing"] = moe_case(engine, kind, checkpointing="non_reentrant")
+    cases["ddp-local-mixtral"] = moe_case(
+        "ddp", "mixtral", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12
+    )
     cases["ddp-local"] = case("ddp", {"communicate": "boundary"}, steps=12)
     cases["ddp-local-momentum"] = case("ddp", {"communicate": "boundary", "outer_momentum": 0.5}, steps=12)
     # By SGD: a step of Adam is the same for a sum of gradients as for their mean.
@@ -176,6 +195,8 @@ def four_rank_cases() -> dict[str, dict[str, Any]]:
     cases["hsdp-tied"] = case("hsdp", TOKENS, model={"vocab": 63, "tie": True})
     cases["hsdp-folded"] = case("hsdp", {**FOLDED, "sampler": "coordinate"}, intermediate=85)
     cases["hsdp-choice"] = case("hsdp", CHOICE)
+    cases["hsdp-mixtral"] = moe_case("hsdp", "mixtral")
+    cases["fsdp2-experts-empty_shards"] = moe_case("fsdp2", "gpt_oss")
     cases["hsdp-local"] = case("hsdp", {"communicate": "boundary"}, steps=12)
     cases["ddp"] = case("ddp")
     return cases

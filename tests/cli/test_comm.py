@@ -35,11 +35,11 @@ def test_table_names_every_method(capsys):
 
 
 def test_rso_sends_what_trains_and_galore_what_adamw_sends(capsys):
-    from rso_ds.models import load_model
+    from rso_ds.models import llama_config, random_model
 
     rows = run(capsys, "--engine", "ddp", "--gpus", "4")
     with torch.device("meta"):
-        model = load_model("llama-60m", 32000, 2048, pretrained=False)
+        model = random_model(llama_config("llama-60m"))
     dense = sum(p.numel() for p in model.parameters())
     convert(model, rso_ds.RSOConfig())
     assert rows["AdamW"]["payload_bytes"]["gradient"] == 4 * dense

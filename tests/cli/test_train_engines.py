@@ -19,6 +19,7 @@ from support.progress import end_of
 from support.train_ranks import run
 from support.train_workspace import BASE, ROOT, SAVE, STEPS, Workspace, free_port
 
+from rso_ds import defaults
 from rso_ds.checkpoint.export import export_dense
 from rso_ds.checkpoint.transaction import read_checkpoint
 
@@ -27,6 +28,9 @@ needs("deepspeed")
 # The faster embedding and head learn, the further a few steps in bf16 are from fp32.
 ONE_RATE = ["--set", "optimizer.params.dense_lr=null"]
 LOCAL = ["--set", "optimizer.params.communicate=boundary", "--set", "optimizer.params.outer_momentum=0.3"]
+# What a resumed run finds in its checkpoint.
+GIVEN = ["--lr-schedule", "wsd", "--warmup", "0.25", "--decay-share", "0.25", "--final-lr", "0"]
+GIVEN += ["--learning-rate", "3e-3"]
 RUNS = {
     "deepspeed": [],
     "ddp": ["--engine", "ddp"],
@@ -53,7 +57,7 @@ class Finished:
 
     def __getitem__(self, name):
         if name not in self._done:
-            done = run(self._space, name, *RUNS[name], ranks=4 if name == "hsdp" else 2)
+            done = run(self._space, name, *GIVEN, *RUNS[name], ranks=4 if name == "hsdp" else 2)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             self._done[name] = done
         return self._done[name]
@@ -66,6 +70,19 @@ def finished(space):
 
 def losses(space, name):
     return [m["loss"] for m in space.metrics(name)[1:]]
+
+
+def rates(space, name):
+    return [[m[key] for key in ("lr", "dense_lr") if key in m] for m in space.metrics(name)[1:]]
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "ddp", "fsdp2", "ddp-adamw", "ddp-local"])
+def test_every_step_has_the_rates_of_the_schedule(space, finished, name):
+    """From the first step on, for B and what trains densely: 3 steps of warm-up, 6 at the peak, 3 that go to 0."""
+    assert finished[name].returncode == 0
+    shares = [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
+    peaks = [3e-3] if name == "ddp-adamw" else [3e-3, 3e-3 * defaults.DENSE_TIMES]
+    assert rates(space, name) == [pytest.approx([peak * share for peak in peaks], rel=1e-12) for share in shares]
 
 
 ALIKE = {
@@ -120,9 +137,10 @@ def test_resumes_exactly(space, finished, name):
     assert finished[name].returncode == 0
     shutil.copytree(space.folder / name, space.folder / copy)
     (space.folder / copy / "checkpoints" / "latest").write_text(f"step{SAVE}")
-    done = run(space, copy, "--resume", "auto", *RUNS[name])
+    done = run(space, copy, "--resume", "auto", *RUNS[name])  # rates and schedule are the checkpoint's
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert losses(space, copy) == losses(space, name)
+    assert rates(space, copy) == rates(space, name)
     assert space.metrics(copy)[-1]["val_loss"] == space.metrics(name)[-1]["val_loss"]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.environment import ROOT
 
-from rso_ds import RSOConfig, RSOConfigError
+from rso_ds import RSOConfig, RSOConfigError, defaults
 from rso_ds.recipes.training.arguments import TrainArguments
 from rso_ds.recipes.training.fill_json import batch_sizes, fill, read_json
 
@@ -77,16 +77,19 @@ def test_another_optimizer_needs_a_rate(tmp_path):
         fill(read_json(args), args, 1, 10, on_gpu=False)
 
 
+LONG, SHORT, TRAINED = defaults.RANDOM_LONG, defaults.RANDOM_SHORT, defaults.PRETRAINED
+
+
 @pytest.mark.parametrize(
     ("flags", "lr", "dense_lr"),
     [
-        ({}, 4e-3, 1.6e-2),
-        ({"learning_rate": 1e-3}, 1e-3, 4e-3),
-        ({"set": ["optimizer.params.dense_lr=0.5"]}, 4e-3, 0.5),
-        ({"set": ["optimizer.params.dense_lr=null"]}, 4e-3, None),
-        ({"model": "gpt2"}, 4e-3, None),  # may have weights, which a high rate would spoil
-        ({"model": "gpt2", "init": "random"}, 4e-3, 1.6e-2),
-        ({"model": "llama-9m", "init": "auto"}, 4e-3, 1.6e-2),
+        ({}, SHORT.lr, SHORT.dense_lr),
+        ({"learning_rate": 1e-3}, 1e-3, 1e-3 * defaults.DENSE_TIMES),
+        ({"set": ["optimizer.params.dense_lr=0.5"]}, SHORT.lr, 0.5),
+        ({"set": ["optimizer.params.dense_lr=null"]}, SHORT.lr, None),
+        ({"model": "gpt2"}, TRAINED.lr, None),  # may have weights, which a high rate would spoil
+        ({"model": "gpt2", "init": "random"}, SHORT.lr, SHORT.dense_lr),
+        ({"model": "llama-9m", "init": "auto"}, SHORT.lr, SHORT.dense_lr),
     ],
 )
 def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
@@ -95,18 +98,22 @@ def test_rates_where_the_json_leaves_lr_open(flags, lr, dense_lr):
     assert (params["lr"], params.get("dense_lr")) == (lr, dense_lr)
 
 
+ENOUGH = defaults.LONG_RUN
+
+
 @pytest.mark.parametrize(
     ("steps", "flags", "expected"),
     [
-        (499, {}, (10, 4e-3, 1.6e-2)),
-        (500, {}, (50, 2e-3, 1.6e-2)),
-        (500, {"set": ["optimizer.params.interval=20"]}, (20, 4e-3, 1.6e-2)),
-        (100, {"set": ["optimizer.params.interval=50"]}, (50, 2e-3, 1.6e-2)),
-        (500, {"set": ["optimizer.params.interval=auto"]}, (50, 2e-3, 1.6e-2)),
-        (500, {"set": ["optimizer.params.dense_lr=1e-2"]}, (50, 2e-3, 1e-2)),
-        (500, {"set": ["optimizer.params.dense_lr=null"]}, (10, 4e-3, None)),  # one rate for all does not bear 50
-        (500, {"learning_rate": 3e-3}, (10, 3e-3, 1.2e-2)),  # nor does any rate
-        (500, {"model": "gpt2"}, (10, 4e-3, None)),  # fine-tuning
+        (ENOUGH - 1, {}, (SHORT.interval, SHORT.lr, SHORT.dense_lr)),
+        (ENOUGH, {}, (LONG.interval, LONG.lr, LONG.dense_lr)),
+        (ENOUGH, {"set": ["optimizer.params.interval=20"]}, (20, SHORT.lr, LONG.dense_lr)),
+        (100, {"set": [f"optimizer.params.interval={LONG.interval}"]}, (LONG.interval, LONG.lr, SHORT.dense_lr)),
+        (ENOUGH, {"set": ["optimizer.params.interval=auto"]}, (LONG.interval, LONG.lr, LONG.dense_lr)),
+        (ENOUGH, {"set": ["optimizer.params.dense_lr=1e-2"]}, (LONG.interval, LONG.lr, 1e-2)),
+        # One rate for all does not bear the long interval, nor does any rate.
+        (ENOUGH, {"set": ["optimizer.params.dense_lr=null"]}, (SHORT.interval, SHORT.lr, None)),
+        (ENOUGH, {"learning_rate": 3e-3}, (SHORT.interval, 3e-3, 3e-3 * defaults.DENSE_TIMES)),
+        (ENOUGH, {"model": "gpt2"}, (TRAINED.interval, TRAINED.lr, None)),
     ],
 )
 def test_interval_and_rates_of_a_long_run(steps, flags, expected):

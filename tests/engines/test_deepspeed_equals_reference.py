@@ -14,7 +14,7 @@ import json
 import pytest
 from cases.deepspeed_cases import MICRO, ODD_TARGETS, RANK, STEPS, TOKENS, fp32_cases, quick_cases
 from reference.rso import Settings, train
-from support import tiny_llama
+from support import tiny_llama, tiny_moe
 from support.environment import needs
 from support.exhaustive import EXHAUSTIVE, quick
 from support.observed_norms import as_run, check_observed
@@ -50,6 +50,10 @@ def computed(told):
         groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
     if targets == TOKENS["targets"]:
         groups |= tiny_llama.token_groups(tied)
+    moe = spec["model"].get("moe")
+    if moe is not None:
+        groups = tiny_moe.groups(dense="gate_up_proj" if targets == tiny_moe.DOWN_ALONE else None)
+        rso["transposed"] = tiny_moe.transposed(moe)
     settings = Settings(groups=groups, rank=RANK, clip=spec["clip"], **rso)
     model = tiny_llama.build(spec["intermediate"], **spec["model"]).double()
     vocab = spec["model"].get("vocab", tiny_llama.VOCAB)

@@ -15,13 +15,14 @@ from cases.torch_cases import (
     QUICK_FOUR,
     QUICK_ONE_BY_ONE,
     RANK,
+    TOKENS,
     four_rank_cases,
     quick_two_rank_cases,
     two_rank_cases,
 )
 from reference.local_steps import train_apart
 from reference.rso import Settings, train
-from support import tiny_llama
+from support import tiny_llama, tiny_moe
 from support.environment import needs
 from support.exhaustive import quick
 from support.observed_norms import as_run, check_observed
@@ -44,10 +45,12 @@ def results(pools):
 def settings_of(spec):
     rso = {k: v for k, v in spec["rso"].items() if k not in ("rank", "lean", "targets", *LOW, *LOCAL)}
     groups = tiny_llama.groups()
-    if "targets" in spec["rso"]:
+    if spec["rso"].get("targets") == TOKENS["targets"]:
         groups |= tiny_llama.token_groups(spec["model"].get("tie", False))
     if rso.pop("share_projection", "input") == "shape":
         groups = tiny_llama.groups_by_shape(RANK, spec["intermediate"])
+    if (moe := spec["model"].get("moe")) is not None:
+        groups, rso["transposed"] = tiny_moe.groups(), tiny_moe.transposed(moe)
     return Settings(groups=groups, rank=spec["rso"]["rank"], clip=spec["clip"], **rso)
 
 

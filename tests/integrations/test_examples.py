@@ -30,7 +30,8 @@ def start(*command: str) -> str:
 def learns(output: str) -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
     assert len(losses) == 4
-    assert losses[0] > 3 > 1 > losses[-1]
+    assert losses[0] > 10 * losses[-1]  # uniform guesses have 5.5; most is learnt by the first line
+    assert losses[-1] < 0.1
     assert re.findall(r"subspace (\d+)", output) == ["1", "2", "3", "4"]
 
 

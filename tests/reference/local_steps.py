@@ -22,18 +22,20 @@ def train_apart(
     """``batches[step][replica][micro]``; a loss is the mean over replicas. The result is that of an average
     taken at the end, as a boundary would take it, if the last step is one."""
     group_of = {layer: g for g, layers in s.groups.items() for layer in layers}
-    W = {layer: model.get_submodule(layer).weight.detach().clone() for layer in group_of}
+    parameters = dict(model.named_parameters())
+    stored = {layer: layer if layer in parameters else f"{layer}.weight" for layer in group_of}
+    W = {layer: parameters[name].detach().clone() for layer, name in stored.items()}
     momentum = {layer: torch.zeros_like(w) for layer, w in W.items()}
-    start = {n: p.detach().clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in group_of}
+    start = {n: p.detach().clone() for n, p in parameters.items() if n not in stored.values()}
     replicas = range(len(batches[0]))
-    B = [{n: torch.zeros(w.shape[0], s.rank, dtype=torch.float64) for n, w in W.items()} for _ in replicas]
+    B = [{n: torch.zeros(*w.shape[:-1], s.rank, dtype=torch.float64) for n, w in W.items()} for _ in replicas]
     dense = [{n: p.clone() for n, p in start.items()} for _ in replicas]
     state = [{k: Moments() for k in [*W, *start]} for _ in replicas]
 
     def projections(draw: int) -> dict[str, Tensor]:
         return {
             layer: dense_projection(
-                sample_projection(s.sampler, s.seed, g, draw, W[layer].shape[1], s.rank), W[layer].shape[1]
+                sample_projection(s.sampler, s.seed, g, draw, W[layer].shape[-1], s.rank), W[layer].shape[-1]
             ).double()
             for layer, g in group_of.items()
         }
@@ -46,7 +48,7 @@ def train_apart(
             d = {n: x.clone().requires_grad_() for n, x in dense[r].items()}
 
             def forward(*args, b=b, d=d, P=P, **kwargs):
-                merged = {n + ".weight": W[n] + b[n] @ P[n].t() for n in b}
+                merged = {stored[n]: W[n] + b[n] @ P[n].t() for n in b}
                 return functional_call(model, {**d, **merged}, args, kwargs)
 
             loss = sum(loss_of(forward, m) for m in micro_batches) / len(micro_batches)
@@ -70,5 +72,5 @@ def train_apart(
                 for r in replicas:
                     dense[r][n] = mean.clone()
             P, draw = P_next, draw + 1
-    result.weights = {n + ".weight": W[n] for n in W} | dense[0]
+    result.weights = {stored[n]: W[n] for n in W} | dense[0]
     return result

@@ -7,7 +7,7 @@ written out by hand on whole tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,8 @@ from rso_ds.subspace import dense_projection, sample_projection
 
 @dataclass
 class Settings:
-    """``groups``: group name -> names of the layers that share its P."""
+    """``groups``: group name -> names of the layers that share its P. The weight of a layer [out, in] is
+    ``layer.weight`` in the model, or the parameter ``layer`` itself: stacked experts [E, out, in] with one P."""
 
     groups: dict[str, list[str]]
     rank: int
@@ -39,7 +40,7 @@ class Settings:
     form: str = (
         "two_path"  # "folded": W <- decay * W + B P^T and B <- 0 after every step, so that decay meets B P^T too
     )
-    transposed: bool = False  # weights stored [in, out], as GPT-2's Conv1D
+    transposed: bool | Collection[str] = False  # weights stored [in, out], as GPT-2's Conv1D: all, or of these layers
 
 
 @dataclass
@@ -73,11 +74,15 @@ def train(
     step is the mean over its micro batches. ``lr_scale[step]`` multiplies both learning rates.
     """
     group_of = {layer: g for g, layers in s.groups.items() for layer in layers}
-    W = {layer: model.get_submodule(layer).weight.detach().clone() for layer in group_of}
-    if s.transposed:
-        W = {layer: w.t() for layer, w in W.items()}
-    dense = {n: p.detach().clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in group_of}
-    B = {layer: torch.zeros(w.shape[0], s.rank, dtype=torch.float64) for layer, w in W.items()}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}  # what is frozen stays in the model
+    stored = {layer: layer if layer in parameters else f"{layer}.weight" for layer in group_of}
+
+    def turned(layer: str, w: Tensor) -> Tensor:
+        return w.mT if (s.transposed if isinstance(s.transposed, bool) else layer in s.transposed) else w
+
+    W = {layer: turned(layer, model.get_parameter(name).detach().clone()) for layer, name in stored.items()}
+    dense = {n: p.detach().clone() for n, p in parameters.items() if n not in stored.values()}
+    B = {layer: torch.zeros(*w.shape[:-1], s.rank, dtype=torch.float64) for layer, w in W.items()}
     state = {("B", n): Moments() for n in B} | {("dense", n): Moments() for n in dense}
     decay = 1.0
     draw = 0
@@ -85,7 +90,7 @@ def train(
     def projections(k: int) -> dict[str, Tensor]:
         P = {}
         for layer, g in group_of.items():
-            in_features = W[layer].shape[1]
+            in_features = W[layer].shape[-1]
             P[layer] = sample_projection(s.sampler, s.seed, g, k, in_features, s.rank)
             P[layer] = dense_projection(P[layer], in_features).double()
         return P
@@ -100,12 +105,12 @@ def train(
         def forward(*args, leaves=leaves, W=W, P=P, **kwargs):
             params = {n: leaves["dense", n] for n in dense}
             for layer in B:
-                effective = W[layer] + leaves["B", layer] @ P[layer].t()
-                params[layer + ".weight"] = effective.t() if s.transposed else effective
+                params[stored[layer]] = turned(layer, W[layer] + leaves["B", layer] @ P[layer].t())
             return functional_call(model, params, args, kwargs)
 
         loss = sum(loss_of(forward, mb) for mb in micro_batches) / len(micro_batches)
-        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        grads = dict(zip(leaves, _gradients(loss, list(leaves.values())), strict=True))
+        grads = {key: g for key, g in grads.items() if g is not None}
         result.losses.append(loss.item())
         if s.clip:
             norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
@@ -138,10 +143,14 @@ def train(
                 _carry(s, state["B", layer], P[layer], P_next[layer])
             P, draw, decay = P_next, draw + 1, 1.0
     for layer in B:
-        merged = W[layer] + B[layer] @ P[layer].t()
-        result.weights[layer + ".weight"] = merged.t() if s.transposed else merged
+        result.weights[stored[layer]] = turned(layer, W[layer] + B[layer] @ P[layer].t())
     result.weights |= dense
     return result
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    # None for what this loss does not depend on, which takes no step: a mask token, an expert without tokens.
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: float) -> Tensor:
@@ -163,13 +172,15 @@ def _solve(s: Settings, st: Moments, value: Tensor, g: Tensor, lr: float, wd: fl
 
 def _carry(s: Settings, st: Moments, P_old: Tensor, P_new: Tensor) -> None:
     in_features, r = P_old.shape
+    if not st.step:
+        return
     if s.carry_over == "reset":
         st.m, st.v, st.step = st.m * 0, st.v * 0, 0
     elif s.carry_over == "keep_second":
         st.m = st.m * 0
     elif s.carry_over == "row_mean_second":
         st.m = st.m * 0
-        st.v = st.v.mean(dim=1, keepdim=True).repeat(1, r)
+        st.v = st.v.mean(dim=-1, keepdim=True).expand_as(st.v).clone()
     elif s.carry_over == "project":
         # Q_old^T Q_new where P = sqrt(in / r) Q
         st.m = st.m @ (P_old.t() @ P_new) * (r / in_features)

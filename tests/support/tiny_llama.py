@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support import tiny_moe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, HIDDEN, LAYERS, SEQ = 64, 32, 2, 16
@@ -14,8 +15,12 @@ def build(
     vocab: int = VOCAB,
     tie: bool = False,
     layers: int = LAYERS,
-) -> LlamaForCausalLM:
-    """Grouped-query attention. ``intermediate`` 85 and ``vocab`` 63 do not divide by two ranks."""
+    moe: str | None = None,
+) -> torch.nn.Module:
+    """Grouped-query attention. ``intermediate`` 85 and ``vocab`` 63 do not divide by two ranks. ``moe``: a key of
+    ``tiny_moe.MODELS`` instead of a LLaMA."""
+    if moe is not None:
+        return tiny_moe.build(moe, intermediate, vocab, layers).to(dtype)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ def remembered_traces() -> Iterator[None]:
         whole = getattr(Accountant, name)
 
         def traced(self: Accountant, *how: Any) -> Any:
-            (model,) = (cell.cell_contents.to_json_string() for cell in self.build.__closure__)  # of ``model_builder``
+            model = inspect.getclosurevars(self.build).nonlocals["hf_config"].to_json_string()  # of ``model_builder``
             key = (name, model, self.engine.kind, self.engine.precision, self.checkpointing, repr(self.config), *how)
             if key not in _TRACES:
                 _TRACES[key] = whole(self, *how)

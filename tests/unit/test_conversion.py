@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from reference.rso import Settings, train
+from support import tiny_llama
 from torch import nn
 
 import rso_ds
@@ -284,3 +285,21 @@ def test_bitsandbytes_layers_are_refused():
     model.model.layers[1].mlp.up_proj = bitsandbytes.nn.Linear8bitLt(32, 64, has_fp16_weights=False)
     with pytest.raises(rso_ds.RSOUnsupportedError, match=r"is quantised \(Linear8bitLt\)"):
         rso_ds.convert(model, RSOConfig(rank=4))
+
+
+def test_hooks_of_the_caller_stay():
+    """Feature extractors and loggers hang on layers; their handles go on removing them."""
+    model, seen = tiny_llama.build(layers=1), []
+    layer = model.model.layers[0].mlp.down_proj
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: seen.append("forward")),
+        layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True),
+        layer.register_full_backward_hook(lambda module, into, out: seen.append("backward")),
+    ]
+    rso_ds.convert(model, rso_ds.RSOConfig(rank=4))
+    tiny_llama.loss_of(model, tiny_llama.tokens(0, 2)).backward()
+    assert seen == ["before", "forward", "backward"]
+    for handle in handles:
+        handle.remove()
+    tiny_llama.loss_of(model, tiny_llama.tokens(0, 2)).backward()
+    assert len(seen) == 3

@@ -11,7 +11,7 @@ from unit.test_conversion import gpt2, llama
 
 import rso_ds
 
-CONFIG = rso_ds.RSOConfig(lr=1e-2, rank=4, interval=3, targets="all-linear")
+CONFIG = rso_ds.RSOConfig(lr=1e-2, rank=4, interval=3, targets=["*"])
 
 
 class Net(nn.Module):

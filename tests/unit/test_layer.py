@@ -59,7 +59,7 @@ def test_double_backward_is_refused():
 def converted(dtype=torch.float32, std=0.3):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, OUT, bias=False)).to(dtype)
-    rso_ds.convert(model, rso_ds.RSOConfig(rank=RANK, targets="all-linear"))
+    rso_ds.convert(model, rso_ds.RSOConfig(rank=RANK, targets=["*"]))
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.B, std=std)
     return model
@@ -137,7 +137,7 @@ def test_gradient_checkpointing(use_reentrant):
 
 def test_compiles_whole_and_not_again_at_a_boundary():
     model, x = converted(std=0.0), torch.randn(4, IN)
-    config = rso_ds.RSOConfig(rank=RANK, targets="all-linear", interval=1)
+    config = rso_ds.RSOConfig(rank=RANK, targets=["*"], interval=1)
     optimizer = rso_ds.RSO(model, config)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -223,7 +223,7 @@ def test_coordinates_move_their_columns_alone(master):
 
 def test_stochastic_rounding_of_fp16_weights_is_refused():
     model = converted(torch.float16, std=0.0)
-    config = rso_ds.RSOConfig(rank=RANK, targets="all-linear", merge_rounding="stochastic")
+    config = rso_ds.RSOConfig(rank=RANK, targets=["*"], merge_rounding="stochastic")
     with pytest.raises(rso_ds.RSOUnsupportedError, match="is for bf16 weights and these are fp16"):
         rso_ds.RSO(model, config)
 

@@ -303,12 +303,12 @@ def test_seventy_billion_in_seconds(tmp_path, capsys):
 
 def test_an_unknown_model_type_is_counted_as_far_as_it_goes(tmp_path, capsys):
     """No default targets for it: RSO cannot be counted and says so; AdamW is traced all the same."""
-    transformers.GPTNeoXConfig(
+    transformers.PersimmonConfig(
         vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
     ).save_pretrained(tmp_path)
     main([*SEVEN[:3], "--model", str(tmp_path), "--compare", "--seq-len", "64"])
     out = capsys.readouterr().out
-    assert "NOT COUNTED RSO, LoRA, GaLore: no default 'targets' for model type 'gpt_neox'" in out
+    assert "NOT COUNTED RSO, LoRA, GaLore: no default 'targets' for model type 'persimmon'" in out
     assert "AdamW, one rank" in out
 
 

@@ -39,7 +39,7 @@ class OnlySome(Attention):
 def model_of(kind=Attention, lean="all", sampler="haar", dtype=torch.float64, std=0.3):
     torch.manual_seed(0)
     model = nn.Sequential(kind(), kind()).to(dtype)
-    rso_ds.convert(model, rso_ds.RSOConfig(rank=RANK, targets="all-linear", lean=lean, sampler=sampler))
+    rso_ds.convert(model, rso_ds.RSOConfig(rank=RANK, targets=["*"], lean=lean, sampler=sampler))
     for _, layer in rso_layers(model):
         nn.init.normal_(layer.B, std=std)
     return model
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_is_bitwise_the_same(use_reentrant):
 @pytest.mark.parametrize("sampler", ["haar", "coordinate"])
 def test_compiles_whole_and_not_again_at_a_boundary(sampler):
     model, x = model_of(sampler=sampler, dtype=torch.float32, std=0.0), inputs(torch.float32)
-    optimizer = rso_ds.RSO(model, rso_ds.RSOConfig(rank=RANK, targets="all-linear", interval=1, sampler=sampler))
+    optimizer = rso_ds.RSO(model, rso_ds.RSOConfig(rank=RANK, targets=["*"], interval=1, sampler=sampler))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(3):
@@ -213,7 +213,7 @@ def test_one_P_for_all_layers_of_equal_shape(sampler):
     model = nn.Sequential(nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN), nn.Linear(HIDDEN, 9))
     config = rso_ds.RSOConfig(
         rank=RANK,
-        targets="all-linear",
+        targets=["*"],
         share_projection="shape",
         sampler=sampler,
         interval=1,

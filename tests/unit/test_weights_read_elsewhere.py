@@ -115,12 +115,13 @@ class Encoder(nn.Module):
 def test_evaluation_by_the_fast_path_equals_training_and_the_dense_model(form, caplog):
     torch.manual_seed(0)
     model = Encoder()
-    config = rso_ds.RSOConfig(lr=1e-2, targets="all-linear", interval=10, form=form)
+    config = rso_ds.RSOConfig(lr=1e-2, targets=["*"], interval=10, form=form)
     with caplog.at_level(logging.WARNING):
         conversion = rso_ds.convert(model, config)
     assert list(conversion.layers) == ["after"]
-    assert set(conversion.left_dense) == {f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
-    for named in ("encoder.layers.0.linear1", "TransformerEncoderLayer.forward"):
+    read = ("linear1", "linear2", "self_attn.out_proj")
+    assert set(conversion.left_dense) == {f"encoder.layers.{i}.{name}" for i in (0, 1) for name in read}
+    for named in ("encoder.layers.0.linear1", "TransformerEncoderLayer.forward", "MultiheadAttention.forward"):
         assert named in caplog.text
     optimizer = rso_ds.RSO(model, config)
     x = torch.randn(4, 8, 32)
@@ -157,7 +158,7 @@ class Partly(nn.Module):
 
 
 def first_step(model, **options):
-    config = rso_ds.RSOConfig(lr=1e-2, targets="all-linear", rank=2, form="two_path", **options)
+    config = rso_ds.RSOConfig(lr=1e-2, targets=["*"], rank=2, form="two_path", **options)
     rso_ds.convert(model, config)
     optimizer = rso_ds.RSO(model, config)
     model(torch.randn(3, 8)).sum().backward()

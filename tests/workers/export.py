@@ -69,6 +69,6 @@ def under_torch(spec, model, rso):
 def run(case: str, folder: Path) -> dict[str, Any]:
     spec = CASES[case]
     rso = {"lr": 1e-2, "rank": 5, "interval": 3, **spec["rso"]}
-    model = tiny_llama.build(85, vocab=VOCAB, tie=spec["tie"])
+    model = tiny_llama.build(24 if spec["moe"] else 85, vocab=VOCAB, tie=spec["tie"], moe=spec["moe"])
     under = under_torch if spec["engine"] in ("ddp", "fsdp2") else under_deepspeed
     return {"weights": under({**spec, "folder": folder / case}, model, rso)}

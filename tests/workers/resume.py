@@ -40,7 +40,7 @@ class Run:
     def __init__(self, spec, weights=None):
         self.spec, self.world = spec, dist.get_world_size()
         self.micro = GLOBAL_BATCH // self.world
-        self.model = tiny_llama.build(spec["intermediate"])
+        self.model = tiny_llama.build(spec["intermediate"], moe=spec["moe"])
         if weights is not None:
             self.model.load_state_dict(weights)
         for module in self.model.modules():

@@ -28,7 +28,7 @@ from rso_ds.deepspeed_json import (
 )
 from rso_ds.engines.deepspeed.attach import attach, count_traffic
 from rso_ds.errors import RSOConfigError, RSOConversionError, RSOUnsupportedError
-from rso_ds.layers import check_conversion, convert, rso_layers, summary_table
+from rso_ds.layers import check_conversion, convert, much_outside, rso_layers, summary_table
 from rso_ds.layers.start import begin_run
 from rso_ds.solvers.groups import layer_groups, solver_groups
 
@@ -93,7 +93,7 @@ def initialize(
         converted, replaced = conversion.layers, conversion.replaced
     groups = solver_groups(model.parameters() if given is None else given, converted, replaced, rso)
     _, where = layer_groups(converted, groups)
-    table = summary_table(model, rso)  # before ZeRO takes the parameters apart
+    table, warning = summary_table(model, rso), much_outside(model)  # before ZeRO takes the parameters apart
 
     accelerator = get_accelerator()
     if not deepspeed.comm.is_initialized():
@@ -129,6 +129,8 @@ def initialize(
     count_traffic(engine)
     if engine.global_rank == 0:
         logger.info("%s\n%s", table, engine.rso_form)
+        if warning:
+            logger.warning(warning)
     return result
 
 

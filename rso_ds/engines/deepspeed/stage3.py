@@ -1,6 +1,6 @@
 """ZeRO-3: W and B are each cut into flat pieces, and merged piece by piece without gathering W.
 
-A parameter of n elements is padded to a multiple of the world size and cut evenly. If ``out`` divides by
+A parameter of n elements is padded to a multiple of the world size and cut evenly. If the number of rows divides by
 the world size the rows of a rank's piece of B are the rows of its piece of W and nothing is sent; if not,
 B (r columns) is gathered, never W.
 """
@@ -35,7 +35,7 @@ class Stage3Layout(ReplicatedLayout):
             self.merge_sends = "W to other nodes, for ZeRO++'s secondary copies"
         elif zero.offload_param:
             self.merge_sends = "W from the CPU to the device and back"
-        elif any(layer.out_features % self.world_size for layer in self.layers.values()):
+        elif any(layer.rows % self.world_size for layer in self.layers.values()):
             self.merge_sends = "B between ranks that divide its rows unlike those of W"
         self.zero_optimizer = zero
         self._masters: dict[int, tuple[Tensor, int]] = {}
@@ -59,11 +59,11 @@ class Stage3Layout(ReplicatedLayout):
         weight, b, in_features = _zero_params(layer)
         rows, start, skip, length = self.merged_part(weight)
         top = start // in_features
-        if layer.out_features % self.world_size == 0:
+        if layer.rows % self.world_size == 0:
             rows_of_b = b.ds_tensor.view(-1, layer.subspace.rank).to(P.device)
         else:
             with gathered([layer.B]):
-                rows_of_b = layer.B.detach()[top : top + len(rows)].to(P.device).clone()
+                rows_of_b = layer.B.detach().view(-1, layer.subspace.rank)[top : top + len(rows)].to(P.device).clone()
         self._drop_secondary(weight)
         if not length:
             return
@@ -115,7 +115,7 @@ class Stage3Layout(ReplicatedLayout):
 
     def merged_part(self, weight: Any) -> tuple[Tensor, int, int, int]:
         start, stop = self._interval(weight)
-        in_features = weight.ds_shape[1]
+        in_features = weight.ds_shape[-1]
         top, bottom = start // in_features, -(-stop // in_features)
         shard = weight.ds_tensor[: stop - start]
         if stop - start == (bottom - top) * in_features:

@@ -16,7 +16,7 @@ from rso_ds.errors import RSOConfigError
 from rso_ds.planning.communication.exchange import Deployment, Exchange, Transfer, powersgd, transfers
 from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.account import model_builder
-from rso_ds.planning.memory.command import read_rso_json
+from rso_ds.planning.memory.command import read_rso_json, trust_flag
 from rso_ds.planning.memory.methods import method
 from rso_ds.units import MB, parse_rate
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", required=True, help="DeepSpeed JSON with an RSO optimizer block")
     parser.add_argument("--model", default="llama-7b", help="named shape or folder with a config.json [llama-7b]")
     parser.add_argument("--vocab-size", type=int, default=32000, help="vocabulary of a named shape [32000]")
+    trust_flag(parser)
     parser.add_argument("--gpus", type=int, default=8, help="ranks [8]")
     parser.add_argument("--nodes", type=int, default=1, help="nodes that the ranks are spread over [1]")
     parser.add_argument("--link", default="10Gbit", help="rate of a node's link to the others, each way [10Gbit]")
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> str:
     deployment = Deployment.from_json(config, args.gpus, args.engine, args.replicas, args.gradient_checkpointing)
     link, intra_link = parse_rate(args.link, "--link"), parse_rate(args.intra_link, "--intra-link")
     network = Network(args.nodes, link, intra_link, latency=args.latency * 1e-6)
-    build = model_builder(model_config(args.model, args.vocab_size, 2048))
+    hf_config = model_config(args.model, args.vocab_size, 2048, args.trust_remote_code)
+    build = model_builder(hf_config, args.trust_remote_code)
     rows = [_row(name, sent, where, network) for name, sent, where in _methods(build, rso, deployment)]
     title = (
         f"{args.model}, {_engine_name(deployment)}, {args.gpus} GPUs on {args.nodes} nodes,"

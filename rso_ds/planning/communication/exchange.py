@@ -36,6 +36,10 @@ class Parameter:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -43,7 +47,8 @@ class Exchange:
     compared at a boundary every ``interval`` steps, with those of dense parameters and of the solver's
     ``moments`` of each; ``interval`` 0: there is none. ``config`` and ``shapes``, of W, decide how often B is merged.
     ``whole_rows``: the carry-over rule looks at whole rows of B, so that those cut between ranks are exchanged.
-    ``masters``: shapes of the W of which ranks keep fp32 copies of some rows each, if W is of low precision."""
+    ``masters``: (rows or experts, elements of each) of the W of which ranks keep fp32 copies of some each, if W is of
+    low precision."""
 
     parameters: tuple[Parameter, ...]
     projections: int = 0
@@ -75,7 +80,7 @@ class Exchange:
         local_steps = config.communicate == "boundary"
         moments = 2 if config.solver != "sgd" else 1 if config.momentum else 0
         kept = layers if config.master_weights != "none" else []
-        masters = tuple((layer.out_features, layer.in_features) for layer in kept)
+        masters = tuple((len(layer.weight), layer.weight[0].numel()) for layer in kept)
         return cls(
             tuple(found),
             projections=len(spaces),
@@ -277,7 +282,7 @@ def _merge_every(exchange: Exchange, deployment: Deployment) -> int:
     engine = deployment.engine
     sends = ""
     if engine.stage == 3:
-        uneven = any(p.group == 0 and p.shape[0] % engine.gpus for p in exchange.parameters)
+        uneven = any(p.group == 0 and p.rows % engine.gpus for p in exchange.parameters)
         sends = "W" if deployment.hpz > 1 or engine.offload_param else "B" if uneven else ""
     elif exchange.masters and engine.itemsize < 4:
         sends = "rows of W"
@@ -298,13 +303,13 @@ def _split_rows(exchange: Exchange, deployment: Deployment) -> list[Transfer]:
         if stage == 3:
             piece = -(-p.numel // n)
             cuts = {i * piece for i in range(1, n) if i * piece < p.numel}
-            gathered += piece if p.shape[0] % n else 0
+            gathered += piece if p.rows % n else 0
         else:
             cuts = {i * piece - begin for i in range(1, n) if 0 < i * piece - begin < p.numel}
             begin += p.numel
-        split = {cut // p.shape[1] for cut in cuts if cut % p.shape[1]}
+        split = {cut // p.shape[-1] for cut in cuts if cut % p.shape[-1]}
         rows += len(split)
-        widest = max(widest, p.shape[1] if split else 0)
+        widest = max(widest, p.shape[-1] if split else 0)
     table = 2 * 4 * rows * widest if exchange.whole_rows else 0
     per, merges = exchange.interval, _merge_every(exchange, deployment)
     return [

@@ -223,7 +223,7 @@ class Accountant:
         return torch.bfloat16 if low else torch.float32
 
 
-def model_builder(hf_config: Any) -> Callable[[torch.dtype, int | None], nn.Module]:
+def model_builder(hf_config: Any, trust_remote_code: bool = False) -> Callable[[torch.dtype, int | None], nn.Module]:
     """``build(dtype, blocks)`` of an ``Accountant`` for a Hugging Face configuration."""
 
     def build(dtype: torch.dtype, blocks: int | None) -> nn.Module:
@@ -234,7 +234,7 @@ def model_builder(hf_config: Any) -> Callable[[torch.dtype, int | None], nn.Modu
             config.num_hidden_layers = blocks
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:blocks]
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
     return build
 

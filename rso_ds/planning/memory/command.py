@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", required=True, help="DeepSpeed JSON with an RSO optimizer block")
     parser.add_argument("--model", default="llama-7b", help="named shape or folder with a config.json [llama-7b]")
     parser.add_argument("--vocab-size", type=int, default=32000, help="vocabulary of a named shape [32000]")
+    trust_flag(parser)
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens a sequence [2048]")
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences a rank and forward pass [1]")
     parser.add_argument("--gpus", type=int, default=8, help="ranks that share the state [8]")
@@ -32,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="OUT.png", help="write a stacked-bar picture")
 
 
+def trust_flag(parser: argparse.ArgumentParser) -> None:
+    """``--trust-remote-code`` of every command that builds a model."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the model's folder brings")
+
+
 def run(args: argparse.Namespace) -> str:
     """What the command prints. Raises ``RSOConfigError`` for bad input."""
     from rso_ds.models import model_config  # transformers takes seconds to import
@@ -39,11 +45,11 @@ def run(args: argparse.Namespace) -> str:
     config = read_rso_json(args.deepspeed)
     rso = rso_config(config)
     refuse_unsupported(config)
-    hf_config = model_config(args.model, args.vocab_size, args.seq_len)
+    hf_config = model_config(args.model, args.vocab_size, args.seq_len, args.trust_remote_code)
     check_sizes(args.micro_batch, args.seq_len, args.gpus, positions(hf_config))
     engine = Engine.from_json(config, args.gpus, args.engine)
 
-    accountant = Accountant(model_builder(hf_config), rso, engine, args.gradient_checkpointing)
+    accountant = Accountant(model_builder(hf_config, args.trust_remote_code), rso, engine, args.gradient_checkpointing)
     unknown = "default" in rso.targets and hf_config.model_type not in DEFAULT_TARGETS
     names: tuple[str, ...] = METHODS if args.compare else METHODS[:1]
     accounts = [accountant.account(n, args.micro_batch, args.seq_len) for n in (("adamw",) if unknown else names)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.layers import convert, rso_layers
+from rso_ds.layers.stacked import Ordinary, ordinary_layer
 from rso_ds.layers.targets import is_conv1d, resolve_targets
 from rso_ds.planning.memory.states import Sizes
 from rso_ds.planning.memory.trace import block_names
@@ -129,7 +130,9 @@ def _adapt(model: nn.Module, config: RSOConfig) -> None:
     for param in model.parameters():
         param.requires_grad_(False)
     for name in names:
-        target = model.get_submodule(name)
+        target = ordinary_layer(model, name)
+        if not isinstance(target, nn.Module):
+            continue  # PEFT leaves experts in one parameter as they are, unless told so by target_parameters
         parent, _, leaf = name.rpartition(".")
         adapter = _LoRAEmbedding if isinstance(target, nn.Embedding) else _LoRALinear
         setattr(model.get_submodule(parent), leaf, adapter(target, _rank(target, config)))
@@ -139,17 +142,17 @@ def _count_galore(model: nn.Module, config: RSOConfig) -> Sizes:
     """GaLore projects the smaller side of each target's gradient: moments [r, larger], projector [smaller, r]."""
     base = _count_dense(model)
     solver, projector = base.dense, 0
-    targets = [model.get_submodule(name) for name in resolve_targets(model, config.targets)]
+    targets = [ordinary_layer(model, name) for name in resolve_targets(model, config.targets)]
     for target in {id(t.weight): t for t in targets}.values():  # a tied weight has one gradient
         shape: torch.Size = target.weight.shape  # type: ignore[union-attr,assignment]
-        rank = _rank(target, config)
-        solver += rank * max(shape) - shape.numel()
-        projector += rank * min(shape) * 4
+        rank, matrices = _rank(target, config), shape[:-2].numel()
+        solver += matrices * rank * max(shape[-2:]) - shape.numel()
+        projector += matrices * rank * min(shape[-2:]) * 4
     return replace(base, projection_bytes=projector, solver=solver)
 
 
-def _rank(target: nn.Module, config: RSOConfig) -> int:
-    smaller = min(target.weight.shape)  # type: ignore[union-attr,arg-type]
+def _rank(target: Ordinary, config: RSOConfig) -> int:
+    smaller = min(target.weight.shape[-2:])  # type: ignore[union-attr,arg-type,index]
     if config.rank is not None:
         return min(config.rank, smaller)
     assert config.rank_ratio is not None

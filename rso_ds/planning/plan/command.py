@@ -11,7 +11,7 @@ from typing import Any
 from rso_ds.errors import RSOConfigError
 from rso_ds.planning.communication.network import Network
 from rso_ds.planning.memory.account import check_sizes, model_builder
-from rso_ds.planning.memory.command import positions
+from rso_ds.planning.memory.command import positions, trust_flag
 from rso_ds.planning.plan.config_json import base_json, own_rank, rso_of, sbatch, single_node, train_flags
 from rso_ds.planning.plan.reasons import nothing_fits, reasons, shape_name
 from rso_ds.planning.plan.search import RANK_RATIOS, Candidate, NothingFits, Plan, Task, make_plan
@@ -24,6 +24,7 @@ _TFLOPS = {"bf16": 100.0, "fp32": 10.0}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-7b", help="named shape or folder with a config.json [llama-7b]")
     parser.add_argument("--vocab-size", type=int, default=32000, help="vocabulary of a named shape [32000]")
+    trust_flag(parser)
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens a sequence [2048]")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of a node [8, or --gpus if fewer]")
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> str:
     task = _task(args)
     base = base_json(args.base, args.precision)
     ratios, given = _ratios(args, base)
-    hf_config = model_config(args.model, args.vocab_size, args.seq_len)
+    hf_config = model_config(args.model, args.vocab_size, args.seq_len, args.trust_remote_code)
     check_sizes(1, args.seq_len, args.gpus, positions(hf_config))
-    build = model_builder(hf_config)
+    build = model_builder(hf_config, args.trust_remote_code)
     try:
         plan = make_plan(build, base, task, ratios)
     except NothingFits as failure:
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> str:
     chosen = plan.chosen
     vocab_size = args.vocab_size if args.model in LLAMA_SHAPES else None
     flags = train_flags(args.model, vocab_size, args.seq_len, chosen.config, chosen.checkpointing)
+    if args.trust_remote_code:
+        flags.append("--trust-remote-code")
     name = "rso.json" if args.out is None else str(Path(args.out) / "rso.json")
     commands = [sbatch(task.network.nodes, task.gpus_per_node, name, flags)]
     if task.network.nodes == 1:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from rso_ds import defaults
 from rso_ds.config import AUTO, RSOConfig
 from rso_ds.deepspeed_json import refuse_unsupported, rso_config
 from rso_ds.errors import RSOConfigError
@@ -20,12 +21,12 @@ DEFAULT_BASE: dict[str, Any] = {
     "optimizer": {
         "type": "RSO",
         "params": {
-            "lr": 0.001,
-            "weight_decay": "auto",
-            "interval": 50,
-            "sampler": "coordinate",
-            "carry_over": "row_mean_second",
-            "master_weights": "cpu",
+            "lr": defaults.LARGE.lr,
+            "weight_decay": AUTO,
+            "interval": defaults.LARGE.interval,
+            "sampler": defaults.LARGE_SAMPLER,
+            "carry_over": defaults.CARRY_OVER,
+            "master_weights": defaults.LARGE_MASTERS,
         },
     },
     "zero_optimization": {

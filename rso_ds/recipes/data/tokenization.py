@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rso_ds.errors import RSOConfigError
+from rso_ds.models import load_tokenizer as load_existing
+from rso_ds.models import rows_needed
 from rso_ds.recipes.data.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
@@ -26,10 +28,13 @@ _PROBE = (
 )
 
 
-def load_tokenizer(name: str | None, corpus: Corpus, vocab_size: int, cache: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | None, corpus: Corpus, vocab_size: int, cache: Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """``name``: folder or hub name of a tokenizer; None trains a BPE of ``vocab_size`` tokens on ``corpus``."""
     if name is not None:
-        return _existing(name)
+        existing: PreTrainedTokenizerBase = load_existing(name, "--tokenizer", trust_remote_code)
+        return existing
     folder = cache / f"bpe-{vocab_size}-{corpus.fingerprint()}"
     if not (folder / "tokenizer.json").is_file():
         half = own_name(folder)
@@ -70,7 +75,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> type[np.unsignedinteger]:
     """The smallest in which every id can be stored."""
-    return np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    return np.uint16 if rows_needed(tokenizer) <= 1 << 16 else np.uint32
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -93,22 +98,6 @@ def pieces(text: str, limit: int) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
-
-
-def _existing(name: str) -> PreTrainedTokenizerBase:
-    folder = Path(name)
-    if folder.is_dir():
-        bare = {f.name for f in folder.iterdir()}
-        if {"vocab.json", "merges.txt"} <= bare and not {"tokenizer.json", "config.json"} & bare:
-            from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]
-
-            return GPT2TokenizerFast.from_pretrained(name)
-    elif name.startswith((".", "/")) or "\\" in name:
-        raise RSOConfigError(f"--tokenizer {name}: no such folder.")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RSOConfigError(f"--tokenizer {name} cannot be loaded: {error}") from None
 
 
 def _train_bpe(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:

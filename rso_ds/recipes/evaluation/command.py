@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --follow: end with an error after so long without a new checkpoint [7200]",
     )  # fmt: skip
     parser.add_argument("--micro-batch", type=int, help="sequences a forward pass [as the run, else 16]")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the run's model brings with it"
+    )
     parser.add_argument("--eval-tokens", type=int, help="at most so many held-out tokens [as the run itself]")
 
 
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> str:
     evaluator: Evaluator | None = None
     while True:
         if evaluator is None and (args.run / "config.yaml").is_file():
-            evaluator = Evaluator(args.run, args.micro_batch, args.eval_tokens)
+            evaluator = Evaluator(args.run, args.micro_batch, args.eval_tokens, args.trust_remote_code)
         if evaluator is not None and evaluator.evaluate_new():
             last_news = time.monotonic()
         if not args.follow or (evaluator is not None and evaluator.complete):

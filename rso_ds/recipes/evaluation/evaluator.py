@@ -17,6 +17,7 @@ from rso_ds.checkpoint.reading import DenseModel, open_model
 from rso_ds.checkpoint.transaction import read_extra
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.errors import RSOCheckpointError, RSOConfigError
+from rso_ds.models import check_tokens, model_config, random_model
 from rso_ds.recipes.data.dataset import PackedTokens
 from rso_ds.recipes.data.tokenization import load_tokenizer, tokenizer_fingerprint
 from rso_ds.recipes.training.arguments import TrainArguments, parse_arguments
@@ -35,8 +36,10 @@ class Evaluator:
     one. The model is built once, and takes its weights, W + B P^T, from one checkpoint after the other.
     """
 
-    def __init__(self, run: Path, micro_batch: int | None, eval_tokens: int | None) -> None:
-        self.run = run
+    def __init__(
+        self, run: Path, micro_batch: int | None, eval_tokens: int | None, trust_remote_code: bool = False
+    ) -> None:
+        self.run, self.trust_remote_code = run, trust_remote_code
         self.settings: TrainArguments = parse_arguments(["--config", str(run / "config.yaml")])
         self.micro = micro_batch or self.settings.micro_batch or 16
         self.tokens = eval_tokens or self.settings.eval_tokens
@@ -107,7 +110,10 @@ class Evaluator:
         """The held-out part, by the checkpoint's tokenizer."""
         if self._held_out is None:
             cache = Path(self.settings.cache).expanduser()
-            tokenizer = load_tokenizer(str(path / MODEL_FILES), self.corpus, self.settings.vocab_size, cache)
+            files = str(path / MODEL_FILES)
+            trust = self.trust_remote_code
+            tokenizer = load_tokenizer(files, self.corpus, self.settings.vocab_size, cache, trust)
+            check_tokens(model_config(files, 0, 0, trust), tokenizer, resize=False)
             held_out = held_out_tokens(self.settings, self.corpus, tokenizer)
             if held_out is None:
                 raise RSOConfigError(f"{self.run}: this run holds nothing out, so that there is nothing to evaluate.")
@@ -124,13 +130,12 @@ class Evaluator:
 
     def _filled(self, stored: DenseModel) -> Any:
         """The model with the weights of ``stored``. Raises ``RSOCheckpointError`` if these are not the model's."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         names = stored.names()
         if self._model is None:
             kinds = [stored.dtype(n) for n in names if stored.dtype(n).is_floating_point]
-            config = AutoConfig.from_pretrained(stored.path / MODEL_FILES)
-            self._model = AutoModelForCausalLM.from_config(config, dtype=kinds[0]).to(self.context.device)
+            config = model_config(str(stored.path / MODEL_FILES), 0, 0, self.trust_remote_code)
+            model: Any = random_model(config, trust_remote_code=self.trust_remote_code, dtype=kinds[0])
+            self._model = model.to(self.context.device)
         state = self._model.state_dict()
         for name in names:
             if name not in state or tuple(state[name].shape) != stored.shape(name):

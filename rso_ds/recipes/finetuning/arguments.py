@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from rso_ds.deepspeed_json import RSO_TYPE, optimizer_type
 from rso_ds.errors import RSOConfigError
+from rso_ds.models.fit import RESIZE_HELP
+from rso_ds.models.remote_code import TRUST_HELP
 from rso_ds.text import UTF8, check_encoding, read_json
 
 METHODS = ("rso", "full", "lora")
@@ -39,6 +41,7 @@ class FinetuneArguments:
         default_factory=list,
         metadata={"help": "Keys of RSO without DeepSpeed: --rso rank_ratio=0.25 interval=10 (docs/configuration.md)."},
     )
+    resize_embeddings: bool = _flag(False, RESIZE_HELP)
     lora_rank: int = _flag(16, "Rank of LoRA's adapters, on the layers that RSO would train in a subspace.")
     lora_alpha: float = _flag(32.0, "LoRA's scale is alpha / rank.")
 
@@ -97,7 +100,15 @@ class ClassificationArguments(FinetuneArguments):
     text_column: str = _flag("text", "Column of the text.")
     pair_column: str | None = _flag(None, "Column of a second text, for pairs.")
     label_column: str = _flag("label", "Column of the label; names and numbers both do.")
-    max_length: int = _flag(128, "Longer texts are cut to so many tokens.")
+    max_length: int | None = _flag(
+        None, "Longer texts are cut to so many tokens; default: 128, or the model's positions where these are fewer."
+    )
+    trust_remote_code: bool = _flag(False, TRUST_HELP)  # of causal models it is SFTConfig's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise RSOConfigError(f"--max_length must be at least 1, got {self.max_length}.")
 
     def columns(self, present: Sequence[str]) -> dict[str, str]:
         pair = {} if self.pair_column is None else {"--pair_column": self.pair_column}

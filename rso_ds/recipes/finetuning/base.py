@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
+from rso_ds.comm.agreement import agree_on
+from rso_ds.comm.decisions import first_on_each_node
+from rso_ds.comm.outcome import agreed
 from rso_ds.errors import RSOConfigError
-from rso_ds.text import read_json
+from rso_ds.models import Start, check_length, check_tokens, find_start, load_tokenizer, rows_needed
+from rso_ds.recipes.finetuning.arguments import FinetuneArguments
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of ``--model``. Raises ``RSOConfigError`` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RSOConfigError(f"--model {name}: its tokenizer cannot be loaded: {error}") from None
+class Base:
+    """The model and the tokenizer of ``--model``, compared with one another before the model is loaded.
 
-
-def load_pretrained(kind: Any, name: str, **options: Any) -> PreTrainedModel:
-    """``kind.from_pretrained(name)`` in fp32; a folder with a LoRA adapter becomes its base with the adapter merged.
-
-    Raises ``RSOConfigError`` if it cannot be loaded.
+    ``kind``: the Auto class of the task. ``quantised``: a quantised model will do. ``changes``: attributes of its
+    configuration. All ranks make it together. Raises ``RSOConfigError`` where something is missing or does not fit.
     """
-    adapter = Path(name) / "adapter_config.json"
-    try:
-        if not adapter.is_file():
-            return kind.from_pretrained(name, dtype=torch.float32, **options)
-        base = read_json(adapter, "--model")["base_model_name_or_path"]
-        try:
-            from peft import PeftModel
-        except ImportError:
-            raise RSOConfigError(f"--model {name} is a LoRA adapter: pip install peft to merge it.") from None
-        adapted = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32, **options), name)
-        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
-        return merged.requires_grad_(True)  # peft has frozen the base
-    except (OSError, ValueError, KeyError) as error:
-        raise RSOConfigError(f"--model {name} cannot be loaded: {error}") from None
+
+    def __init__(
+        self, kind: Any, args: FinetuneArguments, training: TrainingArguments, quantised: bool, **changes: Any
+    ) -> None:
+        self._resize, self._first = args.resize_embeddings, training.process_index == 0
+        trust: bool = getattr(args, "trust_remote_code", False) or getattr(training, "trust_remote_code", False)
+
+        def look() -> tuple[Start, Any]:
+            new_head = bool(changes)
+            start = find_start(args.model, kind, "pretrained", trust, new_head, quantised, **changes)
+            return start, load_tokenizer(args.model, "--model", trust)
+
+        self.start, self.tokenizer = first_on_each_node(
+            look, "looking at --model", training.ddp_timeout, training.local_process_index, RSOConfigError
+        )
+        mine = {"start of the model": self.start.mark(), "tokens of the tokenizer": rows_needed(self.tokenizer)}
+        agree_on(mine, "Give every rank the same --model.")
+        self._say(self.start.text())
+
+    def fits(self, length: int | None) -> None:
+        """Refuse a ``--max_length`` beyond the model's positions, None for none, or warn of it."""
+        if length is not None:
+            warning = check_length(self.start.config, self.start.positions, length, "--max_length")
+            self._say(warning)
+
+    def load(self) -> PreTrainedModel:
+        """The model in fp32, with embeddings for every token. All ranks call this together."""
+        rows = check_tokens(self.start.config, self.tokenizer, self._resize)
+        return agreed(lambda: self.start.build(rows), kind=RSOConfigError)
+
+    def _say(self, line: str | None) -> None:
+        if line is not None and self._first:
+            print(line, flush=True)

@@ -8,8 +8,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from rso_ds.errors import RSOConfigError
+from rso_ds.models import ensure_padding
 from rso_ds.recipes.finetuning.arguments import CausalArguments
-from rso_ds.recipes.finetuning.base import load_pretrained, load_tokenizer
+from rso_ds.recipes.finetuning.base import Base
 from rso_ds.recipes.finetuning.data import sample
 
 
@@ -29,15 +30,14 @@ def _trl(name: str) -> Any:
     return getattr(trl, name)
 
 
-def trainer_parts(args: CausalArguments, training: Any, rows: Dataset, held_out: Dataset) -> dict[str, Any]:
-    """Arguments of SFTTrainer. Raises ``RSOConfigError`` for a missing chat template or end-of-text token."""
-    tokenizer = load_tokenizer(args.model)
-    if tokenizer.eos_token is None:
-        raise RSOConfigError(
-            f"the tokenizer of --model {args.model} has no end-of-text token, so that completions would not end."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+def trainer_parts(
+    args: CausalArguments, training: Any, quantised: bool, rows: Dataset, held_out: Dataset
+) -> dict[str, Any]:
+    """Arguments of SFTTrainer. Raises ``RSOConfigError`` for a missing chat template or end-of-text token, and a model
+    or tokenizer that is not there or does not fit."""
+    base = Base(AutoModelForCausalLM, args, training, quantised)
+    tokenizer = base.tokenizer
+    _special_tokens(tokenizer, args, training)
     if args.messages_column in rows.column_names:
         if tokenizer.chat_template is None and not training.chat_template_path:
             raise RSOConfigError(
@@ -49,10 +49,8 @@ def trainer_parts(args: CausalArguments, training: Any, rows: Dataset, held_out:
         shape = _conversations
     else:
         shape = _pairs
-    model = load_pretrained(AutoModelForCausalLM, args.model)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and training.max_length is not None and training.max_length > limit:
-        raise RSOConfigError(f"--max_length {training.max_length} is more than the model's {limit} positions.")
+    base.fits(training.max_length)
+    model = base.load()
     rows = sample(rows, args.max_rows, training.seed)
     return {
         "model": model,
@@ -60,6 +58,21 @@ def trainer_parts(args: CausalArguments, training: Any, rows: Dataset, held_out:
         "train_dataset": shape(rows, args),
         "eval_dataset": shape(held_out, args),
     }
+
+
+def _special_tokens(tokenizer: Any, args: CausalArguments, training: Any) -> None:
+    for flag in ("eos_token", "pad_token"):
+        token = getattr(training, flag)
+        if token is not None and token not in tokenizer.get_vocab():
+            raise RSOConfigError(f"--{flag} {token}: the tokenizer of --model {args.model} has no such token.")
+    if tokenizer.eos_token is None and training.eos_token is None:
+        raise RSOConfigError(
+            f"the tokenizer of --model {args.model} has no end-of-text token, so that completions would not end: name"
+            " one of its tokens with --eos_token."
+        )
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = training.eos_token
+    ensure_padding(tokenizer, args.model)
 
 
 def _conversations(rows: Dataset, args: CausalArguments) -> Dataset:

@@ -7,18 +7,24 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction, TrainingArguments
 
 from rso_ds.errors import RSOConfigError
+from rso_ds.models import ensure_padding
 from rso_ds.recipes.finetuning.arguments import ClassificationArguments
-from rso_ds.recipes.finetuning.base import load_pretrained, load_tokenizer
+from rso_ds.recipes.finetuning.base import Base
 from rso_ds.recipes.finetuning.data import sample
 
+_MAX_LENGTH = 128  # tokens of a text, where the flags say nothing
 
-def trainer_parts(args: ClassificationArguments, seed: int, rows: Dataset, held_out: Dataset) -> dict[str, Any]:
+
+def trainer_parts(
+    args: ClassificationArguments, training: TrainingArguments, quantised: bool, rows: Dataset, held_out: Dataset
+) -> dict[str, Any]:
     """Arguments of Trainer. The labels are those of all ``rows``, however few are trained on.
 
-    Raises ``RSOConfigError`` for one label only, or a held-out label that no training row has.
+    Raises ``RSOConfigError`` for one label only, a held-out label that no training row has, and a model or tokenizer
+    that is not there or does not fit.
     """
     labels = sorted(set(rows[args.label_column]), key=_numbers_first)
     if len(labels) < 2:
@@ -27,21 +33,23 @@ def trainer_parts(args: ClassificationArguments, seed: int, rows: Dataset, held_
     unknown = sorted(set(held_out[args.label_column]) - set(ids))
     if unknown:
         raise RSOConfigError(f"the held-out rows have the label '{unknown[0]}', which no training row has.")
-    rows = sample(rows, args.max_rows, seed)
-    tokenizer = load_tokenizer(args.model)
-    model = load_pretrained(
-        AutoModelForSequenceClassification, args.model,
+    rows = sample(rows, args.max_rows, training.seed)
+    base = Base(
+        AutoModelForSequenceClassification, args, training, quantised,
         num_labels=len(labels), label2id=ids, id2label=dict(enumerate(labels)),
     )  # fmt: skip
-    if tokenizer.pad_token is None:  # decoders have none; the classification head reads the last token before it
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = base.tokenizer
+    ensure_padding(tokenizer, args.model)  # the classification head of a decoder reads the last token before it
+    base.fits(args.max_length)
+    max_length = args.max_length or min(_MAX_LENGTH, base.start.positions or _MAX_LENGTH)
+    model: Any = base.load()
     model.config.pad_token_id = tokenizer.pad_token_id
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[args.text_column]]
         if args.pair_column is not None:
             texts.append(batch[args.pair_column])
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=args.max_length))
+        encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         encoded["labels"] = [ids[label] for label in batch[args.label_column]]
         return encoded
 

@@ -59,11 +59,11 @@ def run(ours: FinetuneArguments, training: TrainingArguments) -> dict[str, Any]:
         base: Any = Trainer
         # Trainer takes every model for one whose loss is a sum over tokens of all ranks: it would multiply this mean.
         training.average_tokens_across_devices = False
-        parts = classification.trainer_parts(ours, training.seed, rows, held_out)
+        parts = classification.trainer_parts(ours, training, method == "lora", rows, held_out)
     else:
         assert isinstance(ours, CausalArguments)
         base = causal.sft_trainer()
-        parts = causal.trainer_parts(ours, training, rows, held_out)
+        parts = causal.trainer_parts(ours, training, method == "lora", rows, held_out)
     if method == "lora":
         parts["model"] = _with_lora(parts["model"], ours)
     elif method == "rso" and training.deepspeed is None:

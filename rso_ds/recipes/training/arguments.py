@@ -13,9 +13,13 @@ from typing import Any
 
 import yaml
 
+from rso_ds import defaults
 from rso_ds.config import unknown_key
 from rso_ds.errors import RSOConfigError
+from rso_ds.models.fit import RESIZE_HELP
+from rso_ds.models.remote_code import TRUST_HELP
 from rso_ds.recipes.data.mixture import names_and_weights
+from rso_ds.recipes.training import schedule
 from rso_ds.text import check_encoding, read_text
 
 
@@ -48,6 +52,8 @@ class TrainArguments:
     init: str = _flag(
         "auto", "Weights of --model: random, pretrained, or whichever it has.", choices=("auto", "random", "pretrained")
     )
+    resize_embeddings: bool = _flag(False, RESIZE_HELP)
+    trust_remote_code: bool = _flag(False, TRUST_HELP)
     data: list[str] = _flag(
         ["stdlib"],
         "Text, jsonl, json, csv, tsv or parquet file (.xz/.gz/.zst/.bz2), pattern, folder, hub dataset"
@@ -77,8 +83,19 @@ class TrainArguments:
     learning_rate: float | None = _flag(None, "Overrides the JSON's lr.")
     weight_decay: float | None = _flag(None, "Overrides the JSON's weight_decay.")
     clip: float | None = _flag(None, "Overrides the JSON's gradient_clipping.")
-    warmup: float = _flag(0.05, "Warm-up steps as a share of all steps.")
-    final_lr: float = _flag(0.1, "Learning rate at the end of the cosine, as a share of the peak.")
+    lr_schedule: str | None = _flag(
+        None,
+        f"After a linear warm-up: cosine, wsd (constant, then a linear decay to the end) or constant; default:"
+        f" {defaults.SCHEDULE}, or the JSON's 'scheduler' block where it has one.",
+        choices=schedule.KINDS,
+    )
+    warmup: float | None = _flag(None, f"Warm-up steps as a share of all steps; default: {defaults.WARMUP:g}.")
+    decay_share: float | None = _flag(
+        None, f"Of wsd: steps of the decay as a share of all steps; default: {defaults.DECAY_SHARE:g}."
+    )
+    final_lr: float | None = _flag(
+        None, f"Learning rate at the end of cosine and wsd, as a share of the peak; default: {defaults.FINAL_LR:g}."
+    )
     precision: str = _flag(
         "auto", "auto: bf16 on GPUs that have it, else fp32.", choices=("auto", "fp32", "bf16", "fp16")
     )
@@ -111,7 +128,7 @@ class TrainArguments:
     resume_schedule: str = _flag(
         "stretch",
         "Of a resumed run with another number of steps: the schedule over all of them, or continue the old one, whose"
-        " last rate then stays.",
+        " final rate then stays.",
         choices=("stretch", "continue"),
     )
     resume_new_batch: bool = _flag(
@@ -135,7 +152,7 @@ class TrainArguments:
                 raise RSOConfigError(f"--{_dashed(key)} must be an integer of at least {minimum}, got {value!r}.")
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and value not in choices:
+            if choices and value not in choices and (value is not None or f.default is not None):
                 raise RSOConfigError(f"--{_dashed(f.name)} must be one of {', '.join(choices)}, got {value!r}.")
             if f.type == "bool" and not isinstance(value, bool):
                 raise RSOConfigError(f"--{_dashed(f.name)} must be true or false, got {value!r}.")
@@ -154,13 +171,17 @@ class TrainArguments:
             value = getattr(self, key)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise RSOConfigError(f"--{_dashed(key)} must be a number of at least 0, got {value!r}.")
-        for key, top in (("warmup", 1.0), ("final_lr", 1.0), ("val_fraction", 0.5)):
+        for key, top in (("warmup", 1.0), ("decay_share", 1.0), ("final_lr", 1.0), ("val_fraction", 0.5)):
             value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not 0 <= value <= top:
+            if value is None and key != "val_fraction":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= top:
                 raise RSOConfigError(f"--{_dashed(key)} must lie in [0, {top:g}], got {value!r}.")
         if self.max_steps is not None and self.train_tokens is not None:
             raise RSOConfigError("--max-steps and --train-tokens are both set: keep one of them.")
 
+        if self.resume is None:
+            schedule.shape(self.lr_schedule, self.warmup, self.decay_share, self.final_lr)
         if self.keep_best and not self.eval_interval:
             raise RSOConfigError(
                 "--keep-best chooses by the held-out loss, which --eval-interval 0 leaves to another process: set one."

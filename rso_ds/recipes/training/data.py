@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rso_ds.comm.decisions import patiently
+from rso_ds.comm.decisions import first_on_each_node
 from rso_ds.comm.outcome import agreed, gathered
 from rso_ds.comm.rank_context import RankContext
 from rso_ds.errors import RSOConfigError, RSOError
-from rso_ds.models import LLAMA_SHAPES
+from rso_ds.models import begins_random
 from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.data.dataset import PackedTokens, TextCounts, counts_of, token_file
 from rso_ds.recipes.data.description import BEGINNING, DataDescription, PartDescription
@@ -70,16 +70,20 @@ def identity_of(tokens: PackedTokens | None, streamed: bool, corpus: Corpus, par
 class RunData:
     """Tokenizer, training text and held-out tokens of a run.
 
-    ``tokenizer``: folder or hub name, None for a BPE trained on the corpus. Raises ``RSOConfigError`` for data that
-    cannot be used.
+    ``tokenizer``: folder or hub name, None for a BPE trained on the corpus; ``accept`` sees it before it is used.
+    Raises ``RSOConfigError`` for data that cannot be used.
     """
 
-    def __init__(self, args: TrainArguments, corpus: Corpus, tokenizer: str | None) -> None:
+    def __init__(
+        self, args: TrainArguments, corpus: Corpus, tokenizer: str | None, accept: Callable[[Any], object] | None = None
+    ) -> None:
         self.corpus, self._args = corpus, args
         self._weights = names_and_weights(args.data)[1]
         self.streamed = streams(args, corpus)
         cache = Path(args.cache).expanduser()
-        self.tokenizer = load_tokenizer(tokenizer, corpus, args.vocab_size, cache)
+        self.tokenizer = load_tokenizer(tokenizer, corpus, args.vocab_size, cache, args.trust_remote_code)
+        if accept is not None:
+            accept(self.tokenizer)
         self.held_out = held_out_tokens(args, corpus, self.tokenizer)
         self.packed: PackedTokens | None = None
         if not self.streamed:
@@ -191,12 +195,15 @@ class Batches:
         return {"sequences": self._taken, "stream": stream}
 
 
-def prepare(args: TrainArguments, corpus: Corpus, context: RankContext) -> RunData:
-    """The run's data on every rank. One rank a node makes what is missing while the others wait."""
+def prepare(
+    args: TrainArguments, corpus: Corpus, context: RankContext, accept: Callable[[Any], object] | None = None
+) -> RunData:
+    """The run's data on every rank. One rank a node makes what is missing while the others wait. ``accept`` sees the
+    tokenizer before anything is made with it."""
 
     def load() -> RunData:
         try:
-            return RunData(args, corpus, _tokenizer_name(args))
+            return RunData(args, corpus, _tokenizer_name(args), accept)
         except RSOError:
             raise
         except Exception as error:
@@ -204,14 +211,12 @@ def prepare(args: TrainArguments, corpus: Corpus, context: RankContext) -> RunDa
                 f"--data {corpus.source} cannot be prepared: {type(error).__name__}: {error}"
             ) from error
 
-    work = load if context.local_rank == 0 else None
-    made = patiently(work, "preparing the data", args.timeout, RSOConfigError)
-    return agreed(lambda: load() if made is None else made, kind=RSOConfigError)
+    return first_on_each_node(load, "preparing the data", args.timeout, context.local_rank, RSOConfigError)
 
 
 def _tokenizer_name(args: TrainArguments) -> str | None:
     """``--tokenizer``, else the model's own where its weights are used, else None (train a BPE)."""
-    if args.tokenizer is not None or args.model in LLAMA_SHAPES or args.init == "random":
+    if args.tokenizer is not None or begins_random(args.model, args.init):
         return args.tokenizer
     return args.model
 

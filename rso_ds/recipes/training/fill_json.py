@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from rso_ds.config import AUTO, RSOConfig
+from rso_ds import defaults
+from rso_ds.config import AUTO
 from rso_ds.errors import RSOConfigError
-from rso_ds.models import has_weights
+from rso_ds.models import begins_random
 from rso_ds.recipes.training.arguments import TrainArguments
 from rso_ds.text import read_json as read_json_file
 
-# With a first moment that restarts at 0 the mean step of interval 10 is 0.41 of AdamW's, that of 50 0.82 of it
-# (docs/algorithm.md): a long run from random weights has five times the interval and half the rate, and both have one
-# rate outside the blocks (docs/rank-and-interval.md).
-_INTERVAL, _LR = RSOConfig.interval, 4e-3
-_LONG_RUN, _LONG_INTERVAL, _LONG_LR = 500, 50, 2e-3
-_DENSE_LR, _DENSE_TIMES = 1.6e-2, 4.0  # the latter times lr, where lr is given
-_ADAMW_LR = 1e-3
 _MICRO_BATCH, _GLOBAL_BATCH = 16, 32
 
 
@@ -45,7 +40,7 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
     if not isinstance(config["optimizer"].setdefault("params", {}), dict):
         raise RSOConfigError(f"--deepspeed {path}: 'params' of the optimizer must be a block {{...}}.")
     params = config["optimizer"]["params"]
-    if config["optimizer"]["type"] == "RSO" and params.get("lr") == AUTO and _begins_random(args):
+    if config["optimizer"]["type"] == "RSO" and params.get("lr") == AUTO and begins_random(args.model, args.init):
         params.setdefault("dense_lr", AUTO)
     for item in args.set:
         key, equals, value = item.partition("=")
@@ -60,10 +55,6 @@ def read_json(args: TrainArguments) -> dict[str, Any]:
         if flag is not None:
             _put(config, key, flag)
     return config
-
-
-def _begins_random(args: TrainArguments) -> bool:
-    return args.init == "random" or (args.init == "auto" and not has_weights(args.model))
 
 
 def batch_sizes(config: dict[str, Any], args: TrainArguments, world_size: int) -> tuple[int, int]:
@@ -112,12 +103,14 @@ def fill(
     steps: int,
     on_gpu: bool,
     schedule_steps: int | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fill every "auto" that this program knows how to, and the batch sizes. Changes and returns ``config``.
 
     ``steps``: those the run was first meant to have, by which interval and rates are chosen; ``schedule_steps``: those
-    of the schedule, where they are others.
-    Raises ``RSOConfigError`` for an "auto" it does not know and for an unknown optimizer without a rate.
+    of the schedule, where they are others; ``before``: ``recipe_of`` the run that is resumed, which keeps its own.
+    Raises ``RSOConfigError`` for an "auto" it does not know, for an unknown optimizer without a rate, and for flags
+    that the JSON's "scheduler" block contradicts.
     """
     micro, accumulation = batch_sizes(config, args, world_size)
     config["train_micro_batch_size_per_gpu"] = micro
@@ -127,19 +120,19 @@ def fill(
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     of_schedule = steps if schedule_steps is None else schedule_steps
-    warmup = max(2, round(args.warmup * of_schedule))
     params = config["optimizer"]["params"]
+    scheduler = _scheduler_block(config, args)
     if config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
-        params.setdefault("lr", RSOConfig.lr)  # DeepSpeed's Adam has the same default
+        params.setdefault("lr", defaults.PRETRAINED.lr)  # DeepSpeed's Adam has the same default
     elif "lr" not in params:
         raise RSOConfigError(f"--deepspeed {args.deepspeed}: give optimizer.params.lr, or --learning-rate.")
     if config["optimizer"]["type"] == "RSO":
-        _fill_rso(params, steps, _begins_random(args))
-    _fill(params, "lr", _ADAMW_LR)
-    _fill(params, "weight_decay", 0.0)
-    _fill(params, "betas", [0.9, 0.999])
-    _fill(params, "eps", 1e-8)
-    _fill(config, "gradient_clipping", 1.0)
+        _fill_rso(params, steps, begins_random(args.model, args.init), before or {})
+    _fill(params, "lr", (before or {}).get("lr", defaults.ADAMW_LR))
+    _fill(params, "weight_decay", defaults.WEIGHT_DECAY)
+    _fill(params, "betas", list(defaults.BETAS))
+    _fill(params, "eps", defaults.EPS)
+    _fill(config, "gradient_clipping", defaults.CLIPPING)
     if config["optimizer"]["type"] == "RSO":
         params.setdefault("tokens_per_step", micro * accumulation * args.seq_len)
     for kind in ("bf16", "fp16"):
@@ -147,19 +140,14 @@ def fill(
         if args.precision != "auto":
             block["enabled"] = precision == kind
         _fill(block, "enabled", precision == kind)
-    scheduler = config.setdefault(
-        "scheduler",
-        {
-            "type": "WarmupCosineLR",
-            "params": {"total_num_steps": "auto", "warmup_num_steps": "auto", "cos_min_ratio": "auto",
-                       "warmup_type": "linear"},
-        },
-    )  # fmt: skip
+    one_rate = params.get("dense_lr") is None  # "warmup_max_lr": null is the rate of each parameter group
+    warmup = max(2, round(_or(args.warmup, defaults.WARMUP) * of_schedule))
     for key, value in (
-        ("total_num_steps", of_schedule), ("warmup_num_steps", warmup), ("cos_min_ratio", args.final_lr),
-        ("warmup_max_lr", params["lr"]), ("warmup_min_lr", 0.0),
+        ("total_num_steps", of_schedule), ("warmup_num_steps", warmup),
+        ("cos_min_ratio", _or(args.final_lr, defaults.FINAL_LR)),
+        ("warmup_max_lr", params["lr"] if one_rate else None), ("warmup_min_lr", 0.0),
     ):  # fmt: skip
-        _fill(scheduler.get("params", {}), key, value)
+        _fill(scheduler, key, value)
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer")
     if (not on_gpu or CUDA_HOME is None) and not offload and config["optimizer"]["type"] in ("RSO", "Adam", "AdamW"):
         # DeepSpeed's fused Adam is compiled first: on a CPU for nothing, without a CUDA toolkit in vain.
@@ -170,19 +158,68 @@ def fill(
     return config
 
 
-def _fill_rso(params: dict[str, Any], steps: int, begins_random: bool) -> None:
-    """Interval and rates, where they are left open. To a rate that is given belongs the default interval, which bears
-    most of them; to a long interval that is given the rate of long runs."""
+def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``fill`` chose, or was given, of all that depends on how a run begins."""
+    params = config["optimizer"]["params"]
+    return {key: params[key] for key in ("lr", "dense_lr", "interval") if key in params}
+
+
+def _scheduler_block(config: dict[str, Any], args: TrainArguments) -> dict[str, Any]:
+    """Parameters of the JSON's "scheduler" block, which goes before our own schedule; empty without one.
+
+    A flag that would not come into effect is refused; a peak rate in the block is the optimizer's.
+    """
+    if "scheduler" not in config:
+        return {}
+    params = config["scheduler"].setdefault("params", {}) if config["scheduler"] else {}
+    if not isinstance(params, dict):
+        raise RSOConfigError(f"--deepspeed {args.deepspeed}: 'params' of the scheduler must be a block {{...}}.")
+    for flag, value, key in (
+        ("--lr-schedule", args.lr_schedule, ""), ("--decay-share", args.decay_share, ""),
+        ("--warmup", args.warmup, "warmup_num_steps"), ("--final-lr", args.final_lr, "cos_min_ratio"),
+    ):  # fmt: skip
+        if value is not None and params.get(key) != AUTO:
+            remedy = f'set its "{key}" to "auto", ' if key in params else ""
+            raise RSOConfigError(
+                f"{flag} {value} would not come into effect: --deepspeed {args.deepspeed} has a 'scheduler' block,"
+                f" which says it otherwise: {remedy}remove the block, or drop the flag."
+            )
+    peak, own = params.get("warmup_max_lr", AUTO), config["optimizer"]["params"]
+    if isinstance(peak, (int, float)):
+        if args.learning_rate not in (None, peak):
+            raise RSOConfigError(
+                f"--learning-rate {args.learning_rate:g} contradicts 'warmup_max_lr': {peak:g} of the scheduler in"
+                f' --deepspeed {args.deepspeed}: set that to "auto", or drop the flag.'
+            )
+        if own.get("lr", AUTO) == AUTO:
+            own["lr"] = peak
+        if own.get("dense_lr") == AUTO:
+            del own["dense_lr"]
+        elif own.get("dense_lr") is not None:
+            raise RSOConfigError(
+                f"--deepspeed {args.deepspeed}: 'warmup_max_lr': {peak:g} of the scheduler is one rate for all"
+                " parameters, and 'dense_lr' would not come into effect: set 'warmup_max_lr' to \"auto\"."
+            )
+    return params
+
+
+def _fill_rso(params: dict[str, Any], steps: int, begins_random: bool, before: Mapping[str, Any]) -> None:
+    """Interval and rates, where they are left open: as ``before`` had them, or by ``defaults``. To a rate that is given
+    belongs the short interval, which bears most of them; to a long interval that is given the rate of long runs."""
+    chosen, short = defaults.rates(begins_random, steps), defaults.rates(begins_random, 0)
     if params.get("interval", AUTO) == AUTO:
         both_rates = params.get("lr") == AUTO and params.get("dense_lr") is not None
-        long = steps >= _LONG_RUN and begins_random and both_rates
-        params["interval"] = _LONG_INTERVAL if long else _INTERVAL
+        params["interval"] = before.get("interval", (chosen if both_rates else short).interval)
     if params.get("lr") == AUTO:
-        _fill(params, "dense_lr", _DENSE_LR)
-        interval = params["interval"]
-        params["lr"] = _LONG_LR if isinstance(interval, int) and interval >= _LONG_INTERVAL else _LR
+        _fill(params, "dense_lr", before.get("dense_lr", chosen.dense_lr))
+        long, interval = defaults.rates(begins_random, defaults.LONG_RUN), params["interval"]
+        params["lr"] = before.get("lr", (long if isinstance(interval, int) and interval >= long.interval else short).lr)
     else:
-        _fill(params, "dense_lr", _DENSE_TIMES * params["lr"])
+        _fill(params, "dense_lr", defaults.DENSE_TIMES * params["lr"])
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _fill(block: dict[str, Any], key: str, value: Any) -> None:

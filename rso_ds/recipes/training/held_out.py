@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rso_ds.comm.rank_context import RankContext
+from rso_ds.models import learned_positions
 from rso_ds.recipes.data.dataset import PackedTokens
 from rso_ds.saved.evaluation import losses_instead_of_logits
 
@@ -50,9 +51,14 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int, seed: int) -> str:
-    """``prompt`` continued by ``new_tokens`` tokens at temperature 0.8."""
+    """``prompt`` continued by ``new_tokens`` tokens at temperature 0.8. Where ``model`` has learned fewer positions,
+    the beginning of ``prompt`` and the end of the sample give way."""
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    limit = learned_positions(model)
+    if limit is not None:
+        new_tokens = min(new_tokens, limit - 1)
+        ids = ids[:, -(limit - new_tokens) :]
     model.eval()
     out = model.generate(
         input_ids=ids,

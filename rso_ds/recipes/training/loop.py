@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,26 @@ import torch
 from rso_ds.checkpoint import Retention, save_dense
 from rso_ds.checkpoint.folder import has_checkpoints
 from rso_ds.comm.agreement import agree_on
-from rso_ds.comm.decisions import decided, patiently
+from rso_ds.comm.decisions import decided, first_on_each_node, patiently
 from rso_ds.comm.failures import limit_waiting
 from rso_ds.comm.outcome import agreed
 from rso_ds.comm.rank_context import RankContext
-from rso_ds.config import RSOConfig
 from rso_ds.engines.observer import Observer
 from rso_ds.errors import RSOConfigError, RSOError
-from rso_ds.models import LLAMA_SHAPES
-from rso_ds.planning.memory.account import Account, Accountant, model_builder
+from rso_ds.models import Start, check_length, check_tokens, find_start, rows_needed
 from rso_ds.planning.memory.peak import peak_memory_bytes
-from rso_ds.planning.memory.phases import PhasePeaks
-from rso_ds.planning.memory.profile import StepProfiler, phase_comparison, phase_report, report
-from rso_ds.planning.memory.states import Engine
 from rso_ds.recipes.data.corpus import Corpus
 from rso_ds.recipes.training.arguments import TrainArguments
 from rso_ds.recipes.training.data import prepare
+from rso_ds.recipes.training.ending import sample_text, write_model_card, write_traffic
 from rso_ds.recipes.training.engines import build_engine
-from rso_ds.recipes.training.fill_json import batch_sizes, fill
-from rso_ds.recipes.training.held_out import held_out_loss, perplexity, sample
-from rso_ds.recipes.training.metrics import Display, MetricsFile, Waits, per_step, traffic_summary, validation
-from rso_ds.recipes.training.model_card import write_card
+from rso_ds.recipes.training.fill_json import batch_sizes, fill, recipe_of
+from rso_ds.recipes.training.held_out import held_out_loss, perplexity
+from rso_ds.recipes.training.memory_profile import MemoryProfile, check_profile
+from rso_ds.recipes.training.metrics import Display, MetricsFile, Waits, per_step, rates_of, validation
 from rso_ds.recipes.training.monitor import Monitor, check_monitors
 from rso_ds.recipes.training.resume import FORMAT, changed_settings, check_same_run, find_resume_point
+from rso_ds.recipes.training.schedule import Schedule, ScheduleShape, check_rates, follow, shape
 from rso_ds.recipes.training.signals import EXIT_REQUEUE, Interruption
 from rso_ds.recipes.training.steps import StepSync, StepWatch
 
@@ -53,7 +52,13 @@ class Job:
                 f"--output {self.output} holds checkpoints of an earlier run: continue it with --resume auto, or give"
                 " another --output."
             )
-        self.data = prepare(args, corpus, context)
+        self.start = first_on_each_node(
+            self._find_start, "looking at --model", args.timeout, context.local_rank, RSOConfigError
+        )
+        warning = check_length(self.start.config, self.start.positions, args.seq_len, "--seq-len")
+        if context.rank == 0:
+            print("\n".join(filter(None, (self.start.text(), warning))), flush=True)
+        self.data = prepare(args, corpus, context, self._rows)
         if context.rank == 0:
             print(self.data.description.text(), flush=True)
         self.tokenizer, self.held_out = self.data.tokenizer, self.data.held_out
@@ -74,25 +79,24 @@ class Job:
         self.schedule_steps = self.steps
         if self.point is not None and args.resume_schedule == "continue":
             self.schedule_steps = int(self.point.run["schedule_steps"])
-        self.ds_json = fill(ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps)
+        before = {} if self.point is None else {"lr": self.point.run["lr"], **self.point.run.get("recipe", {})}
+        self.ds_json = fill(
+            ds_json, args, context.world_size, self.planned, context.on_gpu, self.schedule_steps, before
+        )
+        self._choose_schedule()
         if check_monitors(self.ds_json):
             os.environ.setdefault("WANDB_DIR", str(self.output))  # not the working directory
-        if args.profile_memory and args.engine == "ddp":
-            raise RSOConfigError("--profile-memory knows where DeepSpeed and FSDP2 keep their state: use one of them.")
-        if args.profile_memory and self.steps < self.first_step + 2:
-            raise RSOConfigError("--profile-memory measures the second step, and this run takes fewer than two.")
+        check_profile(args, self.steps - self.first_step)
         shape = (self.accumulation, context.world_size, context.rank, self.micro)
         position = None if self.point is None else self.point.position
         self.batches = self.data.batches(shape, position, context.device)
-        self.peaks = PhasePeaks(context.on_gpu)
-        if args.profile_memory:
-            self.peaks.begin()
+        self.profile = MemoryProfile(args, context)
         try:
-            with self.peaks("start"):
-                self.engine = build_engine(args, self.ds_json, len(self.tokenizer), context)
+            with self.profile.peaks("start"):
+                rows = self._rows(self.tokenizer)
+                self.engine = build_engine(args, self.ds_json, self.start, rows, context, self.schedule)
                 self._resume()
-            if hasattr(self.engine, "rso"):
-                self.peaks.watch(self.engine.rso)
+            self.profile.built(self.engine, self.ds_json, self.micro)
             agreed(lambda: self._write_settings() if context.rank == 0 else None, whose=True)
         except BaseException:
             self.batches.close()
@@ -102,6 +106,18 @@ class Job:
         self.display = Display(self.steps, self.first_step, context.rank == 0)
 
     # -- building ------------------------------------------------------------------------------------
+
+    def _find_start(self) -> Start:
+        return find_start(self.args.model, init=self.args.init, trust_remote_code=self.args.trust_remote_code)
+
+    def _rows(self, tokenizer: Any) -> int:
+        """Embeddings that the model is to have. Raises ``RSOConfigError`` if it has too few for ``tokenizer``."""
+        if self.start.config is None:
+            return rows_needed(tokenizer)
+        remedy = "; a BPE as large as the model's vocabulary is made with --vocab-size"
+        if self.args.tokenizer is not None or self.start.weights is not None:
+            remedy = "; the model's own tokenizer is another remedy (--tokenizer)"
+        return check_tokens(self.start.config, tokenizer, self.args.resize_embeddings, remedy)
 
     def _write_settings(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -116,11 +132,28 @@ class Job:
     def _agree_on_data(self) -> None:
         """Ranks read files of their own: another text, tokenizer or length would end in steps that do not match."""
         mine = {
+            "start of the model": self.start.mark(),
             **self.data.to_agree_on(),
             "number of steps": [self.args.max_steps, self.args.train_tokens],
             "batch": [self.micro, self.accumulation, self.args.seq_len, self.args.seed],
+            "schedule": [getattr(self.args, key) for key in ("lr_schedule", "warmup", "decay_share", "final_lr")],
         }
-        agree_on(mine, "Give every rank the same --data, --tokenizer, --cache and flags.")
+        agree_on(mine, "Give every rank the same --model, --data, --tokenizer, --cache and flags.")
+
+    def _choose_schedule(self) -> None:
+        """Ours, unless the JSON has one, with the settings that ``config.yaml`` shows."""
+        args = self.args
+        self.schedule: Schedule | None = None
+        self.shape: ScheduleShape | None = None
+        if "scheduler" not in self.ds_json:
+            before = None if self.point is None else self.point.run.get("schedule")
+            self.shape = shape(args.lr_schedule, args.warmup, args.decay_share, args.final_lr, before)
+            self.schedule = self.shape.of_length(self.schedule_steps)
+            chosen = dataclasses.asdict(self.shape)
+            self.args = dataclasses.replace(args, lr_schedule=chosen.pop("kind"), **chosen)
+        lines = check_rates(self.ds_json, self.schedule, self.first_step + 1, self.steps)
+        if self.context.rank == 0:
+            print(lines, flush=True)
 
     def _number_of_steps(self) -> int:
         """In all: as many as are asked for, or as the tokens that are left of --train-tokens, or of an epoch, make."""
@@ -151,7 +184,9 @@ class Job:
     def _about_run(self) -> dict[str, Any]:
         """What a resumed run is compared with."""
         lengths = {"steps": self.steps, "planned": self.planned, "schedule_steps": self.schedule_steps}
-        return {"format": FORMAT, **self.data.identity, **self._order(), **lengths, "lr": self._peak_rate()}
+        schedule = None if self.shape is None else dataclasses.asdict(self.shape)
+        rates = {"lr": self._peak_rate(), "recipe": recipe_of(self.ds_json), "schedule": schedule}
+        return {"format": FORMAT, **self.data.identity, **self._order(), **lengths, **rates}
 
     def _peak_rate(self) -> float:
         return float(self.ds_json["optimizer"]["params"]["lr"])
@@ -164,15 +199,14 @@ class Job:
         path, _ = self.engine.checkpoints.load(point.folder, point.tag)
         if self.context.rank == 0:
             print(f"--resume {point.wanted}: continuing from {path}, after step {point.step}", flush=True)
-        if (point.run["schedule_steps"], point.run["lr"]) != (self.schedule_steps, self._peak_rate()):
-            # The rate of the next step is in the checkpoint, by the old schedule.
-            schedule = getattr(self.engine, "lr_scheduler", None) or getattr(self.engine, "scheduler", None)
-            if schedule is not None:
-                schedule.step(schedule.last_batch_iteration)
+        scheduler = getattr(self.engine, "lr_scheduler", None) or getattr(self.engine, "scheduler", None)
+        changed = (point.run["schedule_steps"], point.run["lr"]) != (self.schedule_steps, self._peak_rate())
+        if scheduler is not None:
+            follow(scheduler, changed)
 
     def _save(self, step: int, score: float) -> None:
         background = {"wait": False} if self.args.async_save else {}
-        with self.engine.traffic.phase("other"), self.peaks("save"):
+        with self.engine.traffic.phase("other"), self.profile.peaks("save"):
             self.engine.checkpoints.save(
                 self.output / "checkpoints",
                 f"step{step}",
@@ -219,7 +253,7 @@ class Job:
         sent, crossed = engine.traffic.by_kind(), engine.traffic.by_kind("inter-node")
         after = before
         for step in range(self.first_step + 1, self.steps + 1):
-            lr = engine.optimizer.param_groups[0]["lr"]
+            rates = rates_of(engine.optimizer)
             last = step == self.steps
             evaluate = self.held_out is not None and (
                 last or (args.eval_interval > 0 and step % args.eval_interval == 0)
@@ -228,7 +262,7 @@ class Job:
             if observer and log:
                 observer.watch_step()
             skipped_before = engine.skipped_steps
-            with self.peaks("training"):
+            with self.profile.peaks("training"):
                 own_loss = self._train_step(step)
             loss, stop, skipped = sync(own_loss, interruption.requested, engine.skipped_steps > skipped_before)
             watch.after(step, loss, skipped)
@@ -238,7 +272,7 @@ class Job:
                 record = {
                     "step": step,
                     "loss": watch.window(),
-                    "lr": lr,
+                    **rates,
                     "tokens": self._tokens_by(step),
                     "tokens_per_second": taken * self.tokens_per_step / elapsed,
                     "comm_bytes": per_step(engine.traffic.by_kind(), sent, taken),
@@ -297,7 +331,7 @@ class Job:
         losses = []
         for i, micro in enumerate(ids):
             if self.args.profile_memory and step == self.first_step + 2 and i == 0:
-                loss = self._profiled(micro)
+                loss = self.profile.backward(partial(self._forward, micro), self.display.say)
             else:
                 loss = self._forward(micro)
                 self.engine.backward(loss)
@@ -309,47 +343,11 @@ class Job:
         loss: torch.Tensor = self.engine(input_ids=micro, labels=micro, use_cache=False).loss
         return loss
 
-    def _profiled(self, micro: torch.Tensor) -> torch.Tensor:
-        """One micro batch with its memory measured; rank 0 prints it beside the model and writes memory.json."""
-        profiler = StepProfiler(self.engine, self.args.gradient_checkpointing)
-        self.peaks.note()
-        with profiler:
-            loss = profiler.forward(lambda: self._forward(micro))
-            self.engine.backward(loss)
-        if self.context.rank == 0:
-            text, details = report(profiler.result, self._account())
-            (self.output / "memory.json").write_text(json.dumps(details, indent=2))
-            self.display.say(text)
-        return loss
-
-    def _report_phases(self) -> None:
-        """What each phase of this run took at most, beside the model: into memory.json."""
-        self.peaks.end()
-        if self.context.rank == 0:
-            compared = phase_comparison(self.peaks.bytes, self._account(), self.context.on_gpu)
-            path = self.output / "memory.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "phases": compared}, indent=2))
-            self.display.say(phase_report(compared))
-
-    def _account(self) -> Account:
-        """What ``rso-ds memory`` says about this run."""
-        is_rso = hasattr(self.engine, "rso")
-        accountant = Accountant(
-            model_builder(self.engine.module.config),
-            self.engine.rso.config if is_rso else RSOConfig(),
-            Engine.from_json(self.ds_json, self.context.world_size // self.args.replicas, self._engine_kind()),
-            self.args.gradient_checkpointing,
-        )
-        return accountant.account("rso" if is_rso else "adamw", self.micro, self.args.seq_len)
-
-    def _engine_kind(self) -> str:
-        return "fsdp2" if self.args.engine == "fsdp2" else "zero"
-
     def _evaluate(self) -> float:
         """The held-out loss, NaN if nothing is held out."""
         if self.held_out is None:
             return math.nan
-        with self.engine.traffic.phase("evaluation"), self.peaks("evaluation"):
+        with self.engine.traffic.phase("evaluation"), self.profile.peaks("evaluation"):
             return held_out_loss(self.engine, self.held_out, self.args.eval_tokens, self.micro, self.context)
 
     def _finish(self, before: float, after: float) -> None:
@@ -357,49 +355,31 @@ class Job:
         if hasattr(self.engine, "rso") and self.engine.rso.config.communicate == "boundary":
             self.engine.rso.average_replicas()
             after = self._evaluate()  # of the one model that is saved, not the mean over the ranks' own
-        with self.engine.traffic.phase("other"), self.peaks("save"):
+        with self.engine.traffic.phase("other"), self.profile.peaks("save"):
             save_dense(self.engine.module, folder, self.context.rank)
         if self.args.profile_memory:
-            self._report_phases()
+            self.profile.report_phases(self.display.say)
         work = (lambda: self._present(folder, before, after)) if self.context.rank == 0 else None
         patiently(work, "writing the model's files and a sample of text", self.args.timeout)
 
     def _present(self, folder: Path, before: float, after: float) -> None:
         """What rank 0 alone leaves behind at the end."""
-        self._report_traffic()
+        args, taken = self.args, self.steps - self.first_step
+        self.display.say(write_traffic(self.output, self.engine.traffic, self.context.world_size, taken))
         self.tokenizer.save_pretrained(folder)
-        self._write_card(folder, after)
-        if self.args.sample_tokens:
-            from transformers import AutoModelForCausalLM
-
-            prompt = self.args.prompt or str(self.tokenizer.decode(self.data.beginning(16)))
-            model = AutoModelForCausalLM.from_pretrained(folder)
-            text = sample(model, self.tokenizer, prompt, self.args.sample_tokens, self.args.seed)
-            self.display.say(f"--- sample\n{text}\n---")
+        facts = {
+            "data": " + ".join(Path(name).name for name in self.data.corpus.names), "steps": self.steps,
+            "tokens a step": self.tokens_per_step, "ranks": self.context.world_size,
+        }  # fmt: skip
+        scores = {} if self.held_out is None else validation(after)
+        rso = self.engine.rso.config if hasattr(self.engine, "rso") else None
+        write_model_card(folder, args, self.ds_json, facts, scores, rso)
+        if args.sample_tokens:
+            beginning = str(self.tokenizer.decode(self.data.beginning(16)))
+            self.display.say(sample_text(folder, self.tokenizer, args, beginning))
         if self.held_out is not None:
             self.display.say(
                 f"held-out perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
                 f" (loss {before:.4f} -> {after:.4f})"
             )
         self.display.say(f"model: {folder}   metrics: {self.output / 'metrics.jsonl'}")
-
-    def _write_card(self, folder: Path, loss: float) -> None:
-        args = self.args
-        recipe = {
-            "data": " + ".join(Path(name).name for name in self.data.corpus.names),
-            "steps": self.steps, "sequence length": args.seq_len,
-            "tokens a step": self.tokens_per_step, "engine": args.engine, "ranks": self.context.world_size,
-            "optimizer": self.ds_json["optimizer"]["type"], "learning rate": self.ds_json["optimizer"]["params"]["lr"],
-            "seed": args.seed,
-        }  # fmt: skip
-        scores = {} if self.held_out is None else validation(loss)
-        base = None if args.model in LLAMA_SHAPES or args.init == "random" else args.model
-        rso = self.engine.rso.config if hasattr(self.engine, "rso") else None
-        write_card(folder, {"shape": args.model, **recipe} if base is None else recipe, scores, rso, base)
-
-    def _report_traffic(self) -> None:
-        """Everything that rank 0 sent, on the screen and in ``comm.json``."""
-        traffic, taken = self.engine.traffic, self.steps - self.first_step
-        details = {"ranks": self.context.world_size, "nodes": traffic.node_count, "steps": taken}
-        (self.output / "comm.json").write_text(json.dumps({**details, "traffic": traffic.table()}, indent=2))
-        self.display.say(traffic_summary(traffic, taken))

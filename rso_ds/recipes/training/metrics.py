@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rso_ds.comm.counter import KINDS, CommCounter
 from rso_ds.recipes.training.held_out import perplexity
+from rso_ds.solvers.groups import IS_SUBSPACE
 from rso_ds.units import MB, in_unit
 
 
@@ -22,6 +23,14 @@ def validation(loss: float) -> dict[str, float | None]:
     """A held-out loss as ``metrics.jsonl`` has it: null where it is not finite, which JSON cannot write."""
     finite = math.isfinite(loss) and math.isfinite(perplexity(loss))
     return {"val_loss": loss if finite else None, "val_ppl": perplexity(loss) if finite else None}
+
+
+def rates_of(optimizer: Any) -> dict[str, float]:
+    """Learning rates that the next step takes: "lr", of B where RSO trains, and then "dense_lr", of the rest."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        rates.setdefault("lr" if group.get(IS_SUBSPACE, True) else "dense_lr", float(group["lr"]))
+    return rates
 
 
 def per_step(now: Mapping[str, int], before: Mapping[str, int], steps: int) -> dict[str, int]:

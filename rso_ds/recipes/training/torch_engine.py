@@ -25,13 +25,14 @@ from rso_ds.errors import RSOConfigError, RSOUnsupportedError
 from rso_ds.layers import convert, summary_table
 from rso_ds.layout import Layout
 from rso_ds.planning.memory.trace import block_names
+from rso_ds.recipes.training.schedule import Schedule, ScheduledRates, scheduler_of_json
 from rso_ds.solvers.groups import decay_groups
 
 logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
-    """``kind`` "ddp" or "fsdp2"; ``replicas`` above 1 makes FSDP2 hybrid (HSDP).
+    """``kind`` "ddp" or "fsdp2"; ``replicas`` above 1 makes FSDP2 hybrid (HSDP); ``schedule`` None: that of the JSON.
 
     Of the DeepSpeed JSON it takes the optimizer (RSO, AdamW or Adam), the scheduler, clipping, accumulation and
     bf16: parameters are computed with in bf16 (autocast under DDP, ``MixedPrecisionPolicy`` under FSDP2, gradients
@@ -43,7 +44,13 @@ class TorchEngine:
     """
 
     def __init__(
-        self, model: nn.Module, ds_json: dict[str, Any], kind: str, context: RankContext, replicas: int = 1
+        self,
+        model: nn.Module,
+        ds_json: dict[str, Any],
+        kind: str,
+        context: RankContext,
+        replicas: int = 1,
+        schedule: Schedule | None = None,
     ) -> None:
         _refuse(ds_json, kind, replicas, context.world_size)
         # FSDP2 moves one unit after the other to the device, and cuts it there: never the whole model.
@@ -69,7 +76,11 @@ class TorchEngine:
             self.rso = self.optimizer.boundary
             if context.rank == 0:
                 logger.info(self.optimizer.form)
-        self.scheduler = _scheduler(self.optimizer, ds_json)
+        self.scheduler: Any = (
+            scheduler_of_json(self.optimizer, ds_json.get("scheduler") or {})
+            if schedule is None
+            else ScheduledRates(self.optimizer, schedule)
+        )
         self.checkpoints = self._checkpointer()
 
     def _wrap(self, context: RankContext, replicas: int, apart: bool) -> dict[str, Any]:
@@ -201,15 +212,3 @@ def _optimizer(
     # DeepSpeed's "Adam" decays as AdamW does unless it is told otherwise.
     decoupled = kind == "adamw" or params.get("adam_w_mode", True)
     return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **options)
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, ds_json: dict[str, Any]) -> Any:
-    """DeepSpeed's own schedule, so that the engines take the same steps."""
-    block = ds_json.get("scheduler")
-    if not block:
-        return None
-    from deepspeed.runtime import lr_schedules
-
-    if block.get("type") not in lr_schedules.VALID_LR_SCHEDULES:
-        raise RSOConfigError(f"scheduler.type must be one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}.")
-    return getattr(lr_schedules, block["type"])(optimizer, **block.get("params", {}))

@@ -20,7 +20,7 @@ import rso_ds
 
 SAVED, STEPS, BATCH = 6, 14, 8
 OPTIONS = {
-    "lr": 1e-2, "rank": 3, "interval": 4, "form": "two_path", "weight_decay": 0.1, "targets": "all-linear",
+    "lr": 1e-2, "rank": 3, "interval": 4, "form": "two_path", "weight_decay": 0.1, "targets": ["*"],
     "torch_adam": True,
 }  # fmt: skip
 
