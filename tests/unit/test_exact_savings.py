@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from support.exhaustive import EXHAUSTIVE
 from torch import nn
 from torch.nn import functional as F
 
@@ -247,6 +248,7 @@ def test_gradient_checkpointing(use_reentrant):
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
+@EXHAUSTIVE
 def test_compiles_whole():
     _, lean = pair("llama")
     inputs = batch()

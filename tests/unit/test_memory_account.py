@@ -301,6 +301,7 @@ def test_seventy_billion_in_seconds(tmp_path, capsys):
     assert account["device_bytes"]["weights"] + account["device_bytes"]["B or adapters"] > 70e9 * 2 / 64
 
 
+@EXHAUSTIVE
 def test_an_unknown_model_type_is_counted_as_far_as_it_goes(tmp_path, capsys):
     """No default targets for it: RSO cannot be counted and says so; AdamW is traced all the same."""
     transformers.PersimmonConfig(

@@ -47,6 +47,7 @@ def test_whole_model_is_one_graph(form, sampler, lean):
     assert counter.frame_count == 1
 
 
+@EXHAUSTIVE
 def test_a_projection_without_a_matrix_is_one_graph_too(monkeypatch):
     monkeypatch.setattr("rso_ds.subspace.samplers.transform_cost", lambda in_features, rank: 0)
     counter = CompileCounterWithBackend("aot_eager")

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from rso_ds.checkpoint.folder import LATEST, MANIFEST
 from rso_ds.comm.rank_context import start
 from rso_ds.errors import RSOCheckpointError
+from rso_ds.models import find_start
 from rso_ds.recipes.training.arguments import parse_arguments
 from rso_ds.recipes.training.engines import build_engine
 from rso_ds.recipes.training.fill_json import fill, read_json
@@ -36,7 +37,8 @@ def build(seed: int, context: Any) -> Any:
     dist.barrier()
     flags = ["--model", str(model), "--init", "random", "--seq-len", "16", "--global-batch", "4", "--micro-batch", "2"]
     args = parse_arguments([*flags, "--seed", str(seed), "--max-steps", "9", *PLAN["engine"]])
-    return build_engine(args, fill(read_json(args), args, context.world_size, 9, context.on_gpu), VOCAB, context)
+    ds_json = fill(read_json(args), args, context.world_size, 9, context.on_gpu)
+    return build_engine(args, ds_json, find_start(str(model), init="random"), VOCAB, context)
 
 
 def train(engine: Any, seed: int, steps: int, context: Any) -> None:

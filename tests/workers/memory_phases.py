@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from rso_ds.checkpoint import save_dense
 from rso_ds.comm.rank_context import RankContext
+from rso_ds.models import find_start
 from rso_ds.planning.memory.account import Accountant, model_builder
 from rso_ds.planning.memory.phases import PhasePeaks
 from rso_ds.planning.memory.profile import phase_comparison
@@ -54,7 +55,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     gc.collect()
     peaks.begin()
     with peaks("start"):
-        engine = build_engine(parse_arguments(flags), config, VOCAB, context)
+        engine = build_engine(parse_arguments(flags), config, find_start(SHAPE), VOCAB, context)
     peaks.watch(engine.rso)
     ids = HeldOut().sequences(range(MICRO))
     for step in range(2):
