@@ -11,7 +11,6 @@ from rso_ds.errors import RSOConversionError
 from rso_ds.layers.bypass import weight_readers
 from rso_ds.layers.default_targets import DEFAULT_TARGETS
 from rso_ds.layers.left_dense import left_dense
-from rso_ds.layers.linears import is_conv1d as is_conv1d
 from rso_ds.layers.linears import is_lazy, is_linear, obstacle
 from rso_ds.layers.stacked import Ordinary, StackedLinear, ordinary_layer, stacked_linears
 

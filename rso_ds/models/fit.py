@@ -65,7 +65,8 @@ def check_length(config: Any, positions: int | None, length: int, flag: str) -> 
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """The number of positions that ``model`` has learned embeddings for; None if it computes them, as rotary ones."""
+    """The number of positions that ``model`` has embeddings for, learned or in a table; None if it computes them, as
+    rotary ones."""
     found = []
     for name, module in model.named_modules():
         of_text = not any(other in name for other in ("vision", "visual", "image", "audio"))
@@ -73,9 +74,10 @@ def learned_positions(model: nn.Module) -> int | None:
             # OPT and BART count from 2, RoBERTa from the row after that of padding.
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             found.append(module.num_embeddings - first)
-    if not found:
-        return None
     made_for = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not found:  # tables that are no parameters: GPT-J's sines
+        tabled = isinstance(made_for, int) and any(made_for in buffer.shape for buffer in model.buffers())
+        return made_for if tabled else None
     return min([*found, made_for] if isinstance(made_for, int) else found)
 
 

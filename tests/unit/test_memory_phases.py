@@ -7,13 +7,13 @@ from support.traces import remembered_traces
 
 import rso_ds
 from rso_ds.planning.memory.account import CARDS, Accountant, model_builder
-from rso_ds.planning.memory.largest import largest, learned_positions
+from rso_ds.planning.memory.largest import largest
 from rso_ds.planning.memory.phases import PHASES, PhasePeaks
 from rso_ds.planning.memory.states import Engine
 from rso_ds.planning.memory.trace import trace_training
 
 transformers = pytest.importorskip("transformers")
-from rso_ds.models import llama_config  # noqa: E402
+from rso_ds.models import learned_positions, llama_config  # noqa: E402
 
 TINY = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rso_ds.config import RSOConfig
 from rso_ds.errors import RSOConfigError, RSOError
 from rso_ds.planning.memory.kept import by_kind
-from rso_ds.planning.memory.largest import largest, learned_positions
+from rso_ds.planning.memory.largest import largest
 from rso_ds.planning.memory.layer_work import LayerWork, layer_work
 from rso_ds.planning.memory.methods import Method, method
 from rso_ds.planning.memory.moments import Phase, Work, phases
@@ -162,6 +162,8 @@ class Accountant:
     def limit(self) -> int | None:
         """The longest sequence that the model can take; None where nothing bounds it but memory."""
         with FakeTensorMode():
+            from rso_ds.models import learned_positions
+
             return learned_positions(self.build(torch.bfloat16, 1))
 
     def _model(self, chosen: Method, blocks: int | None = None) -> nn.Module:

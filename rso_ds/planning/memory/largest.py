@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
-
-from torch import nn
 
 CLOSE = 0.01  # of an answer: a size that fits is the largest if one that is so much larger does not
 
@@ -54,17 +51,3 @@ def _next(counted: Callable[[int], int], known: Sequence[int], fits: int, above:
     # Beside the answer as the line sees it, so that the next size closes the bracket from the other side.
     near = int(guess) if guess - fits >= step else fits + step
     return min(max(fits + 1, near), above - 1)
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """The positions that ``model`` has a row or an entry of its own for, beyond which it cannot go; None for models
-    whose positions are computed (rotary, ALiBi)."""
-    config: Any = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return None
-    tokens: Any = model.get_input_embeddings()  # type: ignore[operator]
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    if any(limit <= rows <= limit + 2 for rows in tables):  # some keep two rows for padding
-        return limit
-    return limit if any(limit in buffer.shape for buffer in model.buffers()) else None

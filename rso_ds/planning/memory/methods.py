@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rso_ds.config import RSOConfig
 from rso_ds.layers import convert, rso_layers
+from rso_ds.layers.linears import is_conv1d
 from rso_ds.layers.stacked import Ordinary, ordinary_layer
-from rso_ds.layers.targets import is_conv1d, resolve_targets
+from rso_ds.layers.targets import resolve_targets
 from rso_ds.planning.memory.states import Sizes
 from rso_ds.planning.memory.trace import block_names
 
