@@ -12,11 +12,11 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from layer import DEVICE, DTYPES, now
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -24,8 +24,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from rso_ds.config import RSOConfig
 from rso_ds.layers import convert
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = {
     "transformers, grouped": ("grouped_mm", None),
     "transformers, one by one": ("eager", None),
@@ -48,12 +46,6 @@ def build(implementation: str, form: str | None, args: argparse.Namespace, exper
         config_of_rso = RSOConfig(rank_ratio=args.rank_ratio, sampler=args.sampler, targets=["*"], form=form)
         convert(module, config_of_rso)
     return module
-
-
-def now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def kept_bytes(module: nn.Module, inputs: list[Tensor]) -> int:
